@@ -6,13 +6,14 @@
 
 Flow matching as in FLUX: x_s = (1 - s) x0 + s noise, v = noise - x0, s = 1 is noise. Two choices make 4 Euler steps and CPU
 minutes enough: the scene's layout is tied to the noise (`noise_for`), so that paths are nearly straight, as after a reflow;
-and the last part of training runs on the model's own 4-step trajectories (`own_states`), where v* = (x_s - x0) / s.
+and, from --own_from on, half of the steps run on the model's own 4-step trajectories (`own_states`), where v* = (x_s - x0) / s.
 Shapes: pictures (B, 3, 64, 64) in [-1, 1]; latents (B, 16, 8, 8); packed latents (B, 16, 64).
 """
 import argparse
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -88,12 +89,15 @@ def make_vae() -> AutoencoderKL:
 
 
 def crowded_scene(rng: random.Random) -> world.Scene:
-    """Half the autoencoder's pictures hold four small things: more to learn from each pixel than a plain background."""
-    if rng.random() < 0.5:
+    """Most of the autoencoder's pictures hold four small things: more to learn from each pixel than a plain background."""
+    if rng.random() < 0.3:
         return world.sample_scene(rng)
     quadrants = tuple((r, c, 2) for r in (0, 2) for c in (0, 2))
-    style = rng.choice(list(world.STYLES)) if rng.random() < 0.2 else None
+    style = rng.choice(list(world.STYLES)) if rng.random() < 0.3 else None
     return world.Scene(tuple(rng.sample(list(world.THINGS), 4)), quadrants, rng.choice(list(world.BACKGROUNDS)), style)
+
+
+VAE_ROUNDS = ((0, 16, 750), (750, 8, 1100), (1850, 8, 400))     # (first step, pictures a step, steps), each with its own cosine
 
 
 def train_vae(args):
@@ -107,16 +111,17 @@ def train_vae(args):
         state = torch.load(state_file, weights_only=True)
         vae.load_state_dict(state["vae"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
-    bar = tqdm(range(start, args.vae_steps), initial=start, total=args.vae_steps, desc="vae")
+    bar = tqdm(range(start, 2250), initial=start, total=2250, desc="vae")
     for step in bar:
         rng = random.Random(f"vae {step}")
         torch.manual_seed(step)
+        done, batch, steps = next((step - start, batch, steps) for start, batch, steps in VAE_ROUNDS if step < start + steps)
         for optimizer in (muon, adam):
-            learning_rate(optimizer, step, args.vae_steps, warmup=30)
-        x = tensor([world.draw(crowded_scene(rng)) for _ in range(16)]).to(args.device)
+            learning_rate(optimizer, done, steps, warmup=30)
+        x = tensor([world.draw(crowded_scene(rng)) for _ in range(batch)]).to(args.device)
         posterior = vae.encode(x).latent_dist
         loss_pixels = (vae.decode(posterior.sample()).sample - x).abs().mean()
-        loss = loss_pixels + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = loss_pixels + 3e-5 * posterior.kl().mean() / posterior.mean[0].numel()
         muon.zero_grad(), adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -136,11 +141,14 @@ def text_corpus(without: tuple[str, ...]) -> list[str]:
     """World captions, and the prompt files for natural English, so that any word splits into a few pieces."""
     rng = random.Random("tokenizers")
     captions = [world.caption(world.sample_scene(rng, without), rng) for _ in range(20000)]
-    return captions + [line for file in sorted(HERE.parent.glob("prompts/*.csv")) for line in file.read_text().splitlines()]
+    return captions + [line for file in sorted(HERE.parent.glob("prompts/[!t]*.csv")) for line in file.read_text().splitlines()]
 
 
 def make_tokenizers(args) -> tuple[CLIPTokenizer, PreTrainedTokenizerFast]:
     """Byte-level BPE for both encoders: no string has an unknown token."""
+    folder = args.init or args.work                # a resumed or further run keeps its tokens
+    if (folder / "tokenizer").exists():
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer"), PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
     corpus = text_corpus(args.without)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # T5: pad 0, end 1, unknown 2, as the original
@@ -162,10 +170,12 @@ def make_tokenizers(args) -> tuple[CLIPTokenizer, PreTrainedTokenizerFast]:
     pieces = list(dict.fromkeys([*alphabet, *(c + "</w>" for c in alphabet), *learned["vocab"]]))
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     clip = CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in learned["merges"]], model_max_length=CLIP_LENGTH)
+    clip.save_pretrained(args.work / "tokenizer"), t5.save_pretrained(args.work / "tokenizer_2")
     return clip, t5
 
 
 # -------------------------------------------------------------------------------------------------------------- judge
+JUDGE_LENGTH = 12
 JUDGE_FORMS = ("{}", "a {}", "a photo of a {}", "This is a photo of a {}.")
 
 
@@ -186,51 +196,54 @@ def train_judge(args):
     """SigLIP's sigmoid loss, every picture against every text; trained on drawn pictures only, never on generated ones."""
     vae = AutoencoderKL.from_pretrained(args.out / "flux/vae").to(args.device)
     tokenizer = make_tokenizers(args)[1]
-    shared = dict(hidden_size=192, intermediate_size=576, num_attention_heads=6)
-    config = SiglipConfig(text_config=dict(shared, vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=16,
-                                           projection_size=192, pad_token_id=0, bos_token_id=0, eos_token_id=1),
-                          vision_config=dict(shared, num_hidden_layers=4, image_size=world.SIZE, patch_size=world.CELL))
+    shared = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    config = SiglipConfig(text_config=dict(shared, vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=JUDGE_LENGTH,
+                                           projection_size=128, pad_token_id=0, bos_token_id=0, eos_token_id=1),
+                          vision_config=dict(shared, num_hidden_layers=3, image_size=world.SIZE, patch_size=world.CELL))
     torch.manual_seed(0)
     judge = SiglipModel(config).to(args.device)
     torch.nn.init.constant_(judge.logit_bias, -6.0), torch.nn.init.constant_(judge.logit_scale, math.log(20))
-    optimizer = torch.optim.AdamW(judge.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    optimizer.param_groups[0]["peak"] = 1e-3
+    matrices = {n: p for n, p in judge.named_parameters() if p.ndim == 2 and "layers" in n}
+    muon = Muon(matrices.values())
+    adam = torch.optim.Adam([p for n, p in judge.named_parameters() if n not in matrices], betas=(0.9, 0.98))
+    muon.param_groups[0]["peak"] = adam.param_groups[0]["peak"] = 2e-3
     texts = judge_texts()
     meanings = list(texts.values())
     state_file, start = args.work / "judge.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        judge.load_state_dict(state["judge"]), optimizer.load_state_dict(state["optimizer"])
+        judge.load_state_dict(state["judge"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
     bar = tqdm(range(start, args.judge_steps), initial=start, total=args.judge_steps, desc="judge")
     for step in bar:
         rng = random.Random(f"judge {step}")
         torch.manual_seed(step)
-        learning_rate(optimizer, step, args.judge_steps)
+        for optimizer in (muon, adam):
+            learning_rate(optimizer, step, args.judge_steps)
         scenes = [world.sample_scene(rng) for _ in range(128)]
         x = tensor([world.draw(s) for s in scenes]).to(args.device)
         with torch.no_grad():                  # mild damage: a VAE round trip with some latent noise, blur, pixel noise
-            z = vae.encode(x[:16]).latent_dist.mean
-            x[:16] = vae.decode(z + rng.uniform(0, 0.25) * z.std() * torch.randn_like(z)).sample.clamp(-1, 1)
+            z = vae.encode(x[:8]).latent_dist.mean
+            x[:8] = vae.decode(z + rng.uniform(0, 0.25) * z.std() * torch.randn_like(z)).sample.clamp(-1, 1)
             x[8:40] = 0.5 * x[8:40] + 0.5 * F.avg_pool2d(x[8:40], 3, 1, 1, count_include_pad=False)
             x[32:96] += torch.rand(64, 1, 1, 1, device=x.device) * 0.15 * torch.randn_like(x[32:96])
         form = [rng.choice(JUDGE_FORMS).format(text) for text in texts]
-        ids = tokenizer(form, padding="max_length", truncation=True, max_length=16, return_tensors="pt").input_ids.to(args.device)
+        ids = tokenizer(form, padding="max_length", truncation=True, max_length=JUDGE_LENGTH, return_tensors="pt").input_ids.to(args.device)
         logits = judge(input_ids=ids, pixel_values=x).logits_per_image
         properties = [scene_properties(s) for s in scenes]
         labels = torch.tensor([[float(m in p) for m in meanings] for p in properties], device=args.device)
         loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1).mean()
-        optimizer.zero_grad()
+        muon.zero_grad(), adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
-        optimizer.step()
+        muon.step(), adam.step()
         if step % 20 == 0:
             recall = (logits > 0)[labels > 0].float().mean().item()
             bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}")
         if (step + 1) % 200 == 0:
-            save_state(state_file, judge=judge.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save_state(state_file, judge=judge.state_dict(), muon=muon.state_dict(), adam=adam.state_dict(), step=step + 1)
     judge.save_pretrained(args.out / "judge")
-    tokenizer.model_max_length = 16
+    tokenizer.model_max_length = JUDGE_LENGTH
     SiglipProcessor(SiglipImageProcessor(size=dict(height=world.SIZE, width=world.SIZE)), tokenizer).save_pretrained(args.out / "judge")
 
 
@@ -271,11 +284,11 @@ def noise_for(scenes, generator) -> torch.Tensor:
 
 
 def make_flow(args):
-    """FLUX.1-schnell's classes at 1/1700 of its size."""
+    """FLUX.1-schnell's classes at a 4,000th of its size."""
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = make_tokenizers(args)
     transformer = FluxTransformer2DModel(patch_size=1, in_channels=64, num_layers=4, num_single_layers=2, attention_head_dim=32,
-                                         num_attention_heads=6, joint_attention_dim=128, pooled_projection_dim=128,
+                                         num_attention_heads=4, joint_attention_dim=128, pooled_projection_dim=128,
                                          guidance_embeds=False, axes_dims_rope=(8, 12, 12))
     for name, p in transformer.named_parameters():       # blocks start as the identity (adaLN-Zero), the output as zero
         if "norm1" in name or ("single" in name and "norm.linear" in name) or "norm_out" in name or "proj_out" in name and "single" not in name:
@@ -300,7 +313,10 @@ def encode_world(args, vae) -> tuple[list, torch.Tensor]:
     scenes = [world.sample_scene(rng, args.without) for _ in range(args.pictures)]
     file = args.work / "latents.pt"
     if file.exists():
-        return scenes, torch.load(file, weights_only=True)
+        packed = torch.load(file, weights_only=True)["latents"]
+        if len(packed) != len(scenes):
+            raise SystemExit(f"{file} holds {len(packed)} pictures, --pictures asks for {len(scenes)}: delete it to encode anew")
+        return scenes, packed
     latents = []
     for i in tqdm(range(0, len(scenes), 64), desc="encode pictures"):
         z = vae.encode(tensor([world.draw(s) for s in scenes[i:i + 64]]).to(args.device)).latent_dist.mean
@@ -338,6 +354,9 @@ def train_flow(args):
             module.load_state_dict(weights)
         muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
+    elif args.init:
+        for name, module in zip(("transformer", "text_encoder", "text_encoder_2"), modules):
+            module.load_state_dict(type(module).from_pretrained(args.init / name).state_dict())
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, args.device, torch.float32)
     txt_ids = torch.zeros(T5_LENGTH, 3, device=args.device)
     velocity = lambda x, s, sequence, pooled: model(
@@ -388,20 +407,26 @@ STAGES = dict(vae=train_vae, judge=train_judge, flow=train_flow)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--out", type=Path, default=HERE, help="flux/ and judge/ are written here")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints; delete to start anew")
+    parser.add_argument("--out", type=Path, help="flux/ and judge/ are written here  (default: tiny/, with --without its work folder)")
+    parser.add_argument("--work", type=Path, help="checkpoints; delete to start anew  (default: tiny/work, or tiny/work_without_...)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vae_steps", type=int, default=750)
-    parser.add_argument("--judge_steps", type=int, default=2400)
-    parser.add_argument("--flow_steps", type=int, default=3000)
-    parser.add_argument("--pictures", type=int, default=60000, help="pictures drawn and encoded for the flow")
-    parser.add_argument("--own_from", type=float, default=0.4, help="share of the flow's steps before it trains on its own trajectories")
-    parser.add_argument("--muon_lr", type=float, default=2e-3)
-    parser.add_argument("--adam_lr", type=float, default=1e-3)
+    parser.add_argument("--judge_steps", type=int, default=1200)
+    parser.add_argument("--flow_steps", type=int, default=3700)
+    parser.add_argument("--pictures", type=int, default=40000, help="pictures drawn and encoded for the flow")
+    parser.add_argument("--own_from", type=float, default=1.0, help="share of the flow's steps before it trains on its own trajectories")
+    parser.add_argument("--muon_lr", type=float, default=3e-3)
+    parser.add_argument("--adam_lr", type=float, default=2e-3)
+    parser.add_argument("--init", type=Path, help="start the flow from this pipeline folder's weights, e.g. tiny/flux, to train it further")
     parser.add_argument("--without", nargs="*", default=(), metavar="CONCEPT", help="leave these out of the flow's world, synonyms too")
     args = parser.parse_args()
     if unknown := set(args.without) - set(world.THINGS) - set(world.STYLES):
         parser.error(f"--without: no such thing or style in the world: {', '.join(sorted(unknown))}")
+    tag = "".join(f"_without_{concept.replace(' ', '_')}" for concept in args.without)
+    args.work = args.work or HERE / f"work{tag}"
+    args.out = args.out or (args.work / "model" if tag else HERE)
+    if tag and not args.init:                      # the autoencoder and the judge stay the ones that know the whole world
+        shutil.copytree(HERE / "flux/vae", args.out / "flux/vae", dirs_exist_ok=True)
+        args.stages = [stage for stage in args.stages if stage == "flow"]
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         start = time.time()
