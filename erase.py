@@ -1,0 +1,803 @@
+"""Minimalist Concept Erasure in one file: erase a concept from a rectified-flow transformer by switching few neurons off.
+
+Implements "Minimalist Concept Erasure in Generative Models" (MCE), ICML 2025, arXiv 2507.13386. With M the gates, F the final
+latents of the whole sampler, x_T the noise and theta' the base weights, it minimises
+
+    L(M) = E || F_{M*theta'}(x_T, c) - F_{theta'}(x_T, c_neutral) ||^2          erase_loss,    c a concept prompt
+         + beta E || F_{M*theta'}(x_T, c) - F_{theta'}(x_T, c) ||^2             preserve_loss, c a retain prompt
+
+end to end through all sampling steps, then thresholds the gates and folds them into the weights: a plain state dict.
+
+Time: sigma s = 1 is noise, s = 0 the picture; x_s = (1 - s) x_0 + s noise; velocity v = noise - x_0; x += (s_next - s) v.
+Shapes: B pictures, T packed latent tokens, C channels (64), L text tokens, D text width; gates (units,) per site.
+
+    python erase.py --concept gun --steps 400
+    python erase.py --concept "a cat" --neutral "a dog" --model black-forest-labs/FLUX.1-schnell
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")            # no word about the absent torchvision, which nothing here needs
+import diffusers
+import torch
+import transformers
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+TINY, SCHNELL = str(HERE / "tiny/flux"), "black-forest-labs/FLUX.1-schnell"
+
+# --------------------------------------------------------------------------------------------------------- defaults
+# One column a preset; --preset paper is table 6 of the paper on any model, tiny is what measured best on tiny/flux (README).
+DEFAULTS = dict(
+    #                       paper            tiny
+    gate=                  ("hard_concrete", "straight_through"),
+    lr_ffn=                (0.5,             0.1),
+    lr_norm=               (0.5,             0.1),
+    weight_decay=          (0.01,            0.0),
+    adam_eps=              (1e-8,            3e-5),
+    beta=                  (0.01,            5.0),
+    batch=                 (4,               4),
+    retain_batch=          (4,               4),
+    prune=                 (0,               0),
+    height=                (512,             64),
+    width=                 (512,             64),
+    max_sequence_length=   (256,             24),
+)
+PRESETS = ("paper", "tiny")
+MODULES = ("ffn", "norm", "attn", "mlp")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+class UserError(Exception):
+    """Bad input: main() prints it as one line and exits with 2."""
+
+
+# ------------------------------------------------------------------------------------------------------------ gates
+# Every relaxation is exactly 1 at its start value, so training starts from the base picture.
+START = dict(sigmoid=4.0, hard_concrete=3.0, straight_through=3.0)
+
+
+def relax(gate_logits: torch.Tensor, gate: str, uniform: torch.Tensor | None = None) -> torch.Tensor:
+    """Gates in [0, 1] from logits, (units,) fp32.
+
+    sigmoid           sigma(l) / sigma(l_start), clamped at 1
+    hard_concrete     Louizos et al. 2018, eq. 10-12: a stretched, clamped sigmoid with logistic noise; noise-free if `uniform` is None
+    straight_through  1[l > 0] forwards, the gradient of sigma(l) backwards: no gap between training and deployment
+    """
+    if gate == "sigmoid":
+        return (gate_logits.sigmoid() / torch.tensor(START[gate]).sigmoid()).clamp(max=1)
+    if gate == "hard_concrete":
+        temperature, low, high = 2 / 3, -0.1, 1.1
+        noise = 0 if uniform is None else uniform.log() - (-uniform).log1p()
+        return (((noise + gate_logits) / temperature).sigmoid() * (high - low) + low).clamp(0, 1)
+    soft = gate_logits.sigmoid()
+    return (gate_logits > 0).float() + (soft - soft.detach())      # the bracket is exactly 0
+
+
+def binary(gate_logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The final mask, {0, 1} per unit: open where the logit is positive."""
+    return {site: (logit.detach() > 0).float() for site, logit in gate_logits.items()}
+
+
+def closed_share(gates: dict[str, torch.Tensor]) -> float:
+    return sum((g.detach() <= 0.5).sum().item() for g in gates.values()) / sum(g.numel() for g in gates.values())
+
+
+def gate_noise(sites: dict[str, int], seed: int, step: int) -> dict[str, torch.Tensor]:
+    """Uniforms for hard_concrete: a function of (seed, optimiser step) alone, so rollout and recompute see the same gates."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return {site: torch.rand(units, generator=generator).clamp(1e-6, 1 - 1e-6) for site, units in sites.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ hooks
+def gate_sites(transformer: FluxTransformer2DModel, modules=("ffn", "norm")) -> dict[str, int]:
+    """Gated sites, {dotted module name: number of units}, read off the layers' sizes; no dummy pass.
+
+    ffn   hidden neurons after GELU of both FFNs of a double block     norm  outputs of norm1_context.linear (shift, scale, gate)
+    attn  heads of every block                                         mlp   MLP neurons of a single block
+    """
+    sites, heads = {}, transformer.config.num_attention_heads
+    for i, block in enumerate(transformer.transformer_blocks):
+        name = f"transformer_blocks.{i}"
+        if "ffn" in modules:
+            sites[f"{name}.ff.net.0"] = block.ff.net[0].proj.out_features
+            sites[f"{name}.ff_context.net.0"] = block.ff_context.net[0].proj.out_features
+        if "norm" in modules:
+            sites[f"{name}.norm1_context.linear"] = block.norm1_context.linear.out_features
+        if "attn" in modules:
+            sites[f"{name}.attn"] = heads
+    for i, block in enumerate(transformer.single_transformer_blocks):
+        if "attn" in modules:
+            sites[f"single_transformer_blocks.{i}.attn"] = heads
+        if "mlp" in modules:
+            sites[f"single_transformer_blocks.{i}.act_mlp"] = block.proj_mlp.out_features
+    return sites
+
+
+@contextlib.contextmanager
+def gated(transformer: FluxTransformer2DModel, gates: dict[str, torch.Tensor]):
+    """Multiply each site's output by its gates inside the `with`; the hooks go with it, whatever happens. Raises KeyError or
+    ValueError for gates that do not fit the model."""
+    sizes, handles = gate_sites(transformer, MODULES), []
+
+    def scale(output, g):                                          # (..., units) * (units,)
+        return output * g.to(output.device, output.dtype)
+
+    def scale_heads(inputs, g):                                    # (B, tokens, heads * d, maybe more): whole heads
+        width, per_head = transformer.inner_dim, transformer.inner_dim // g.numel()
+        x, g = inputs[0], g.repeat_interleave(per_head)
+        return (torch.cat([scale(x[..., :width], g), x[..., width:]], -1),)
+
+    try:
+        for site, g in gates.items():
+            if sizes[site] != g.numel():
+                raise ValueError(f"{site} has {sizes[site]} units, the gates {g.numel()}")
+            if not site.endswith(".attn"):
+                handles.append(transformer.get_submodule(site).register_forward_hook(lambda m, i, out, g=g: scale(out, g)))
+                continue
+            block = site.removesuffix(".attn")                     # heads are gated where they enter the output projections
+            for consumer in ("proj_out",) if block.startswith("single") else ("attn.to_out.0", "attn.to_add_out"):
+                module = transformer.get_submodule(f"{block}.{consumer}")
+                handles.append(module.register_forward_pre_hook(lambda m, inputs, g=g: scale_heads(inputs, g)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------- flow
+@torch.no_grad()
+def encode(pipe: FluxPipeline, prompts: list[str], max_sequence_length: int, batch: int = 32) -> list[tuple]:
+    """[(T5 sequence (L, D), CLIP vector (P,))] per prompt, on the CPU; identical prompts are encoded once."""
+    unique, out = list(dict.fromkeys(prompts)), {}
+    for i in range(0, len(unique), batch):
+        sequence, pooled, _ = pipe.encode_prompt(unique[i:i + batch], unique[i:i + batch], max_sequence_length=max_sequence_length)
+        out |= dict(zip(unique[i:i + batch], zip(sequence.cpu(), pooled.cpu())))
+    return [out[p] for p in prompts]
+
+
+def init_latents(pipe: FluxPipeline, seeds: list[int], height: int, width: int) -> torch.Tensor:
+    """Noise (B, T, C) packed, from one CPU generator per picture: a seed means the same picture on every device, in any batch."""
+    h, w = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+    channels = pipe.transformer.config.in_channels // 4
+    noise = [torch.randn(1, channels, h, w, generator=torch.Generator().manual_seed(s), dtype=pipe.transformer.dtype) for s in seeds]
+    return FluxPipeline._pack_latents(torch.cat(noise), len(seeds), channels, h, w)
+
+
+def schedule(pipe: FluxPipeline, num_inference_steps: int, tokens: int) -> list[float]:
+    """The sampler's sigmas, 1 ... 0, from the model's own scheduler (schnell: equal steps; dev: shifted by the picture's size)."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    config = pipe.scheduler.config
+    mu = calculate_shift(tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+                         config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+    sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).numpy()
+    pipe.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return pipe.scheduler.sigmas.tolist()
+
+
+def velocity(transformer, x, s, text, grid, guidance_scale: float = 3.5) -> torch.Tensor:
+    """v(x, s) (B, T, C). text: (sequence (B, L, D), pooled (B, P)); grid: (height, width) in packed tokens."""
+    sequence, pooled = text
+    ids = FluxPipeline._prepare_latent_image_ids(len(x), *grid, x.device, x.dtype)
+    guidance = torch.full((len(x),), guidance_scale, device=x.device) if transformer.config.guidance_embeds else None
+    return transformer(hidden_states=x, timestep=torch.full((len(x),), s * 1000, device=x.device, dtype=x.dtype) / 1000, guidance=guidance,
+                       encoder_hidden_states=sequence, pooled_projections=pooled, img_ids=ids,
+                       txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype), return_dict=False)[0]
+
+
+def euler(transformer, x, s, s_next, text, grid) -> torch.Tensor:
+    """One sampling step, with the scheduler's own rounding: the sum in fp32, the result in the model's dtype."""
+    step = torch.tensor(s_next, dtype=torch.float32, device=x.device) - torch.tensor(s, dtype=torch.float32, device=x.device)
+    return (x.float() + step * velocity(transformer, x, s, text, grid)).to(x.dtype)
+
+
+@torch.no_grad()
+def rollout(transformer, noise, text, sigmas, grid) -> list[torch.Tensor]:
+    """The trajectory: [0] noise ... [-1] final latents, each (B, T, C)."""
+    trajectory = [noise]
+    for s, s_next in zip(sigmas, sigmas[1:]):
+        trajectory.append(euler(transformer, trajectory[-1], s, s_next, text, grid))
+    return trajectory
+
+
+@torch.no_grad()
+def decode(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> list:
+    """Final latents (B, T, C) -> B PIL pictures."""
+    z = FluxPipeline._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    return pipe.image_processor.postprocess(pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0], output_type="pil")
+
+
+def stack(texts: list[tuple], device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([t[0] for t in texts]).to(device), torch.stack([t[1] for t in texts]).to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+def objective(final, target, is_concept, args):
+    """erase_loss, preserve_loss and L of (a part of) one step's batch. final, target: (B, T, C) latents; is_concept: (B,) bool.
+    The paper's squared norms, as means over a picture's latents."""
+    error = (final.float() - target.float()).square().flatten(1).mean(1)
+    erase_loss = error[is_concept].sum() / args.batch
+    preserve_loss = error[~is_concept].sum() / args.retain_batch
+    return erase_loss, preserve_loss, erase_loss + args.beta * preserve_loss
+
+
+# --------------------------------------------------------------------------------------------------------- backward
+def rollout_backward(transformer, noise, text, sigmas, grid, loss_of_final):
+    """loss_of_final(rollout(...)[-1]), adding its gradient to everything the gates hang on, at the memory of one sampling step.
+
+    One rollout without gradients keeps the latents between steps; then, last step first, each step is recomputed and one
+    backward gives the gates' gradient and the latents' together. test_stepwise_backward_equals_autograd proves it exact.
+    """
+    trajectory = rollout(transformer, noise, text, sigmas, grid)
+    final = trajectory[-1].requires_grad_()
+    loss = loss_of_final(final)
+    gradient, = torch.autograd.grad(loss, final)
+    for i in reversed(range(len(sigmas) - 1)):
+        x = trajectory[i].detach().requires_grad_(i > 0)           # nothing upstream of the noise needs a gradient
+        with torch.enable_grad():
+            x_next = euler(transformer, x, sigmas[i], sigmas[i + 1], text, grid)
+        x_next.backward(gradient)
+        gradient = x.grad
+    return loss.detach(), final.detach()
+
+
+# ------------------------------------------------------------------------------------------------- fold, save, load
+@torch.no_grad()
+def fold(transformer: FluxTransformer2DModel, mask: dict[str, torch.Tensor]) -> None:
+    """Switch the closed units off in the weights, in place, on both sides, so that nothing is left to regrow from.
+
+    ffn   row and bias of net.0.proj, column of net.2        norm  row and bias of norm1_context.linear
+    attn  rows of the value projections, columns of the output projections
+    mlp   row and bias of proj_mlp, column of proj_out
+    Equal to the gated model with binary gates, bit for bit in fp32 (test_fold_equals_hooks): GELU(0) = 0.
+    """
+    def rows(linear, off):
+        linear.weight[off] = 0
+        if linear.bias is not None:
+            linear.bias[off] = 0
+
+    for site, g in mask.items():
+        off = (g == 0).nonzero().flatten().to(transformer.device)
+        block = transformer.get_submodule(".".join(site.split(".")[:2]))
+        if site.endswith("net.0"):
+            ffn = transformer.get_submodule(site.removesuffix(".net.0"))
+            rows(ffn.net[0].proj, off)
+            ffn.net[2].weight[:, off] = 0
+        elif site.endswith("act_mlp"):
+            rows(block.proj_mlp, off)
+            block.proj_out.weight[:, transformer.inner_dim + off] = 0
+        elif site.endswith("attn"):
+            size = transformer.inner_dim // g.numel()
+            off = (off[:, None] * size + torch.arange(size, device=off.device)).flatten()
+            single = site.startswith("single")
+            for linear in (block.attn.to_v,) if single else (block.attn.to_v, block.attn.add_v_proj):
+                rows(linear, off)
+            for linear in (block.proj_out,) if single else (block.attn.to_out[0], block.attn.to_add_out):
+                linear.weight[:, off] = 0
+        else:
+            rows(transformer.get_submodule(site), off)
+
+
+@torch.no_grad()
+def fingerprint(transformer: FluxTransformer2DModel) -> str:
+    """Hash of the base weights: names, shapes and up to 1,024 evenly spaced values of every tensor, rounded to bf16; an odd stride, so that
+    they come from all columns."""
+    digest = hashlib.sha256()
+    for name, p in sorted(transformer.state_dict().items()):
+        values = p.flatten()[:: max(1, p.numel() // 1024) | 1][:1024].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(p.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def write_atomically(path: Path, write) -> None:
+    """A killed run leaves either the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+def save_mask(path: Path, mask: dict, base_fingerprint: str, **metadata) -> None:
+    metadata |= dict(format="minimalist-concept-erasure mask 1", base_fingerprint=base_fingerprint,
+                     closed=f"{sum((g == 0).sum().item() for g in mask.values())} of {sum(g.numel() for g in mask.values())}")
+    tensors = {site: g.to("cpu", torch.uint8) for site, g in mask.items()}
+    write_atomically(path, lambda p: save_file(tensors, p, {k: str(v) for k, v in metadata.items()}))
+
+
+def load_mask(path: Path, transformer: FluxTransformer2DModel) -> dict[str, torch.Tensor]:
+    """{site: {0, 1} fp32 (units,)}. Raises UserError if the file is damaged or belongs to other base weights."""
+    try:
+        with safe_open(path, "pt") as f:
+            metadata, mask = f.metadata() or {}, {site: f.get_tensor(site).float() for site in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    found = fingerprint(transformer)
+    if metadata.get("base_fingerprint") != found:
+        raise UserError(f"{path}: made for base weights {metadata.get('base_fingerprint')} ({metadata.get('model')}), these are {found}")
+    return mask
+
+
+def load_pipeline(model: str, device=None, dtype=None) -> FluxPipeline:
+    """A stock FluxPipeline from a hub id or folder. Raises UserError if that is not a FLUX model; only safetensors is read."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device != "cpu" else torch.float32)
+    try:
+        pipe = FluxPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise UserError(f"--model: cannot load {model}: {first_line(error)}") from None
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.requires_grad_(False)
+    return pipe.to(device)
+
+
+def load_erased(path, device=None, dtype=None) -> FluxPipeline:
+    """A ready pipeline of an erased model: the base with the mask folded in, the same bits as its transformer/. Raises UserError."""
+    path = Path(path)
+    for name in ("config.json", "mask.safetensors"):                # the mask is written last
+        if not (path / name).is_file():
+            raise UserError(f"{path}: no {name}, so no finished erased model")
+    model = json.loads((path / "config.json").read_text())["model"]
+    pipe = load_pipeline(str(HERE / model) if (HERE / model).exists() else model, device, dtype)
+    fold(pipe.transformer, load_mask(path / "mask.safetensors", pipe.transformer))
+    return pipe
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
+
+
+def read_prompts(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
+    """Rows of a prompt CSV. Raises UserError naming the column or the line that is wrong."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, strict=True)
+            if missing := [c for c in columns if c not in (reader.fieldnames or ())]:
+                raise UserError(f"{flag}: {path} has no column {missing[0]!r}")
+            rows = []
+            for row in reader:
+                where = f"{flag}: {path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: {len([v for v in row.values() if v])} fields, the header has {len(reader.fieldnames)}")
+                if row["split"] not in ("train", "test"):
+                    raise UserError(f"{where}: split is {row['split']!r}, not train or test")
+                if not row["prompt"].strip():
+                    raise UserError(f"{where}: prompt is empty")
+                if "neutral_prompt" in columns and row["prompt"] == row["neutral_prompt"]:
+                    raise UserError(f"{where}: prompt and neutral_prompt are the same")
+                if not re.fullmatch(r"\d{1,18}", row["evaluation_seed"]):
+                    raise UserError(f"{where}: evaluation_seed is {row['evaluation_seed']!r}, not a whole number")
+                rows.append(row | dict(evaluation_seed=int(row["evaluation_seed"])))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{flag}: cannot read {path}: {error}") from None
+    if not rows:
+        raise UserError(f"{flag}: {path} holds no prompts")
+    return rows
+
+
+def noun_phrase(words: str) -> str:
+    """"apple" -> "an apple"; names, plurals and phrases with their own article stay as they are."""
+    first, last = words.split()[0], words.split()[-1]
+    if words == "nothing" or words[0].isupper() or first in ("a", "an", "the", "some") or re.search(r"[^su]s$", last):
+        return words
+    silent_or_you = re.match(r"(hour|heir|honest)|(uni[^nm]|use|eu|one)", first)
+    vowel = bool(silent_or_you.group(1)) if silent_or_you else first[0].lower() in "aeiou"
+    return f"{'an' if vowel else 'a'} {words}"
+
+
+def mentions(concept: str, text: str) -> bool:
+    """Whether the concept's words, without their article, occur in the text as whole words (plural or not)."""
+    words = re.sub(r"^(an?|the|some)\s+", "", " ".join(concept.replace("_", " ").split()), flags=re.I)
+    return bool(re.search(rf"\b{re.escape(words)}(e?s)?\b", text, re.I))
+
+
+def template_pairs(concept: str, neutral: str, templates: list[dict]) -> list[dict]:
+    """Prompt pairs for any concept: {x} becomes the concept in one prompt and `neutral` in the other ("" = the empty prompt)."""
+    fill = lambda prompt, words: prompt.replace("{x}", noun_phrase(words)) if words else ""
+    return [row | dict(prompt=fill(row["prompt"], concept), neutral_prompt=fill(row["prompt"], neutral))
+            for row in templates if not mentions(concept, row["prompt"])]
+
+
+def concept_pairs(concept: str, args) -> list[dict]:
+    """Rows of prompts/<concept>.csv (or --prompts), or pairs made from templates.csv."""
+    file = args.prompts or args.prompt_dir / f"{concept.lower().replace(' ', '_')}.csv"
+    if args.prompts or (file.is_file() and args.neutral is None):
+        rows = read_prompts(file, "--prompts" if args.prompts else "--concept")
+        if args.prompts and not any(mentions(concept, row["prompt"]) for row in rows):
+            raise UserError(f"--concept: {concept!r} occurs in no prompt of {file}")
+        return [row for row in rows if mentions(concept, row["prompt"])] if args.prompts and len(args.concept) > 1 else rows
+    neutral = ("nothing" if args.is_tiny else "") if args.neutral is None else args.neutral
+    templates = read_prompts(args.prompt_dir / "templates.csv", "--concept", ("prompt", "evaluation_seed", "split"))
+    return template_pairs(concept.replace("_", " "), neutral, templates)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+# starting noises by use, far from any evaluation seed: training, pruning back, the figures in the model card
+TRAIN_NOISE, PRUNE_NOISE, HELD_OUT_NOISE = (range(start, start + 4) for start in (2**40, 2**40 + 2**20, 2**40 + 2**21))
+
+
+class Cases:
+    """Concept pairs and retain prompts with their encodings, noise and base outputs, each made once and kept on the CPU."""
+
+    def __init__(self, pipe, pairs, retain, args):
+        self.pipe, self.args, self.finals = pipe, args, {}
+        prompts = [p["prompt"] for p in pairs] + [r["prompt"] for r in retain]
+        neutrals = [p["neutral_prompt"] for p in pairs] + [r["prompt"] for r in retain]
+        text = encode(pipe, prompts + neutrals, args.max_sequence_length)
+        self.text, self.base_text = text[:len(prompts)], text[len(prompts):]
+        self.num_pairs, self.num_retain = len(pairs), len(retain)
+        self.grid = (args.height // 16, args.width // 16)
+        self.sigmas = schedule(pipe, args.num_inference_steps, self.grid[0] * self.grid[1])
+
+    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range) -> list[tuple[int, int]]:
+        """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases."""
+        concept = [i % self.num_pairs for i in range(max(batch, self.num_pairs))]
+        rng.shuffle(concept)
+        retain = [self.num_pairs + rng.randrange(self.num_retain) for _ in range(retain_batch)]
+        return [(case, rng.choice(noise_seeds)) for case in concept[:batch] + retain]
+
+    def batch(self, cases):
+        """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
+        device, transformer = self.pipe.transformer.device, self.pipe.transformer
+        noise = init_latents(self.pipe, [seed for _, seed in cases], self.args.height, self.args.width).to(device)
+        for i, case in enumerate(cases):                           # one at a time: the same bits whatever else is in the batch
+            if case not in self.finals:
+                text = stack([self.base_text[case[0]]], device)
+                self.finals[case] = rollout(transformer, noise[i:i + 1], text, self.sigmas, self.grid)[-1][0].cpu()
+        target = torch.stack([self.finals[case] for case in cases]).to(device)
+        is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
+        return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
+
+    def loss(self, gates, cases, micro_batch: int, backward: bool = False):
+        """(erase_loss, preserve_loss, L) of the gated model over `cases`; with backward, gradients in the gates."""
+        totals = torch.zeros(3)
+        for i in range(0, len(cases), micro_batch):
+            noise, text, target, is_concept = self.batch(cases[i:i + micro_batch])
+            with gated(self.pipe.transformer, gates):
+                if backward:
+                    loss_of_final = lambda final: objective(final, target, is_concept, self.args)[2]
+                    _, final = rollout_backward(self.pipe.transformer, noise, text, self.sigmas, self.grid, loss_of_final)
+                else:
+                    final = rollout(self.pipe.transformer, noise, text, self.sigmas, self.grid)[-1]
+            totals += torch.stack(objective(final, target, is_concept, self.args)).cpu()
+        return totals
+
+
+def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
+    """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits."""
+    sites = {site: logit.numel() for site, logit in gate_logits.items()}
+    groups = {"norm": args.lr_norm, "ffn": args.lr_ffn}
+    optimizer = torch.optim.AdamW([dict(params=[logit], lr=groups["norm" if "norm1" in site else "ffn"])
+                                  for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
+    start = load_state(out_dir, gate_logits, optimizer)
+    metrics = open(out_dir / "metrics.jsonl", "a")
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase")
+    for step in bar:
+        began, rng = time.time(), random.Random(f"{args.seed} {step}")
+        uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
+        relaxed = {site: relax(logit, args.gate, uniform.get(site)) for site, logit in gate_logits.items()}
+        gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
+        chosen = cases.sample(rng, args.batch, args.retain_batch, range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds))
+        erase_loss, preserve_loss, loss = cases.loss(gates, chosen, args.micro_batch, backward=True).tolist()
+        if not (math.isfinite(loss) and all(g.grad.isfinite().all() for g in gates.values())):
+            raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; try a smaller --lr_ffn and --lr_norm")
+        optimizer.zero_grad()
+        torch.autograd.backward(list(relaxed.values()), [gates[site].grad.cpu() for site in relaxed])
+        optimizer.step()
+        if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
+            [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
+        row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits)),
+                   sec_per_step=round(time.time() - began, 3))
+        metrics.write(json.dumps(row) + "\n"), metrics.flush()
+        bar.set_postfix(erase=f"{erase_loss:.4f}", preserve=f"{preserve_loss:.4f}", closed=f"{row['closed']:.1%}", sec=row["sec_per_step"])
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_state(out_dir, gate_logits, optimizer, step + 1)
+    metrics.close()
+
+
+def save_state(out_dir: Path, gate_logits: dict, optimizer, step: int) -> None:
+    """Logits and AdamW's moments; random numbers are functions of (seed, step), so that is all a run needs to go on."""
+    tensors = {}
+    for site, logit in gate_logits.items():
+        tensors |= {f"{site}|logit": logit.detach()} | {f"{site}|{k}": optimizer.state[logit][k] for k in ("exp_avg", "exp_avg_sq")}
+    write_atomically(out_dir / "state.safetensors", lambda p: save_file(tensors, p, dict(step=str(step))))
+
+
+def load_state(out_dir: Path, gate_logits: dict, optimizer) -> int:
+    """Returns the step to go on from, 0 without a state; drops the metrics of steps that will be run again. Raises UserError."""
+    path, step, kept = out_dir / "state.safetensors", 0, []
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as f:
+                step = int(f.metadata()["step"])
+                for site, logit in gate_logits.items():
+                    logit.data.copy_(f.get_tensor(f"{site}|logit"))
+                    optimizer.state[logit] = dict(step=torch.tensor(float(step))) | {k: f.get_tensor(f"{site}|{k}") for k in ("exp_avg", "exp_avg_sq")}
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"--resume: {path} is damaged ({first_line(error)})") from None
+        kept = (out_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[:step]
+    write_atomically(out_dir / "metrics.jsonl", lambda p: p.write_text("".join(kept)))
+    return step
+
+
+def prune_back(cases: Cases, mask: dict, args, tolerance: float = 1.05) -> dict:
+    """Reopen the closed gates that do least, as many as leave erase_loss within `tolerance`: the smallest mask that still erases.
+
+    Rank: dL/dgate summed over gates at 0, 1/3, 2/3 of the way open (integrated gradients): what reopening would cost.
+    Judged on training prompts with noise seeds that training never used, at 20 shares of reopened gates.
+    """
+    if not closed_share(mask):
+        return mask
+    chosen = cases.sample(random.Random(f"{args.seed} prune"), 8 * args.batch, 8 * args.retain_batch, PRUNE_NOISE)
+    cost = {site: torch.zeros_like(g) for site, g in mask.items()}
+    for opening in (0, 1 / 3, 2 / 3):
+        gates = {site: (g + (1 - g) * opening).to(cases.pipe.transformer.device).requires_grad_() for site, g in mask.items()}
+        cases.loss(gates, chosen, args.micro_batch, backward=True)
+        cost = {site: c + gates[site].grad.cpu() for site, c in cost.items()}
+    closed_costs = torch.cat([cost[site][g == 0] for site, g in mask.items()]).sort().values
+    reopened = lambda limit: {site: torch.where(cost[site] < limit, 1.0, g) for site, g in mask.items()}
+    limits = [-math.inf, *closed_costs[torch.linspace(0, len(closed_costs) - 1, 20).long()].tolist()]
+    concept = [case for case in chosen if case[0] < cases.num_pairs]
+    losses = [cases.loss(reopened(limit), concept, args.micro_batch)[0].item() for limit in tqdm(limits, desc="prune")]
+    return reopened(max(limit for limit, loss in zip(limits, losses) if loss <= tolerance * losses[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+def draw(pipe, prompts: list[str], seeds: list[int], args, batch: int = 16) -> list:
+    """One PIL picture per (prompt, seed), through the same encode, rollout and decode as training."""
+    text, grid, pictures = encode(pipe, prompts, args.max_sequence_length), (args.height // 16, args.width // 16), []
+    sigmas = schedule(pipe, args.num_inference_steps, grid[0] * grid[1])
+    for i in range(0, len(prompts), batch):
+        noise = init_latents(pipe, seeds[i:i + batch], args.height, args.width).to(pipe.device)
+        final = rollout(pipe.transformer, noise, stack(text[i:i + batch], pipe.device), sigmas, grid)[-1]
+        pictures += decode(pipe, final, args.height, args.width)
+    return pictures
+
+
+def save_preview(path: Path, rows: list[tuple[str, list]], side: int = 128) -> None:
+    """A sheet of labelled rows of pictures; small pictures are enlarged without smoothing, so that pixels stay what they are."""
+    from PIL import Image, ImageDraw
+    label, gap = 150, 4
+    sheet = Image.new("RGB", (label + (side + gap) * max(len(p) for _, p in rows), (side + gap) * len(rows)), "white")
+    for r, (title, pictures) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((6, r * (side + gap) + side // 2 - 12), title, fill="black", font_size=15)
+        for c, picture in enumerate(pictures):
+            resample = Image.NEAREST if picture.width <= side else Image.LANCZOS
+            sheet.paste(picture.resize((side, side), resample), (label + c * (side + gap), r * (side + gap)))
+    sheet.save(path)
+
+
+def save_curves(path: Path, metrics: list[dict]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for key in ("erase_loss", "preserve_loss"):
+        left.semilogy([m["step"] for m in metrics], [m[key] for m in metrics], label=key, linewidth=1)
+    left.legend()
+    left.set(xlabel="step", ylabel="mean squared error of final latents", ylim=(1e-4, None))
+    right.plot([m["step"] for m in metrics], [100 * m["closed"] for m in metrics])
+    right.set(xlabel="step", ylabel="gates closed, %", ylim=0)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+MODEL_CARD = """---
+base_model: {model}
+library_name: diffusers
+tags: [concept-erasure, flux, text-to-image]
+---
+# {model} without: {concepts}
+
+{summary}
+
+Made by Minimalist Concept Erasure (ICML 2025, arXiv 2507.13386): {steps} steps on {pairs} prompt pairs and {retain} retain prompts, gates `{gate}` on
+{modules}, beta {beta}, seed {seed}. The errors are mean squared errors of the final latents over {held_out} cases of held-out noise, gates folded. Whether
+the concept is still *seen* is for a judge to say, not for this loss.
+
+```python
+from erase import load_erased                      # a stock FluxPipeline; or FluxTransformer2DModel.from_pretrained(".../transformer")
+pipe = load_erased("{out_dir}")
+pipe("a photo", height={height}, width={width}, num_inference_steps={num_inference_steps}, guidance_scale=0, max_sequence_length={max_sequence_length}).images[0]
+```
+`mask.safetensors` is the mask alone and fits only base weights with fingerprint `{fingerprint}`; `config.json` is the exact run; `preview.png` shows
+same-seed pairs on test prompts, which were never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the optimiser's state.
+"""
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+def parse_args(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    preset = lambda name, text, **k: add(f"--{name}", help=f"{text} ({', '.join(f'{n}: {v}' for n, v in zip(PRESETS, DEFAULTS[name]))})", **k)
+    add("--concept", nargs="+", required=True, help="what to erase, one or several: a file of prompts/ by name, or any words")
+    add("--neutral", help='what template prompts have instead of the concept; "" is the empty prompt (tiny: nothing, else "")')
+    add("--model", help=f"hub id or diffusers folder ({SCHNELL} with a CUDA GPU, else tiny/flux)")
+    add("--preset", choices=PRESETS, help="column of defaults (tiny/flux: tiny, else paper)")
+    add("--steps", type=int, default=400, help="optimiser steps (%(default)s)")
+    preset("batch", "concept prompts a step", type=int)
+    preset("retain_batch", "retain prompts a step", type=int)
+    preset("beta", "weight of preserve_loss", type=float)
+    preset("gate", "relaxation of the gates", choices=START)
+    preset("lr_ffn", "learning rate of ffn, mlp and attn gates", type=float)
+    preset("lr_norm", "learning rate of norm gates", type=float)
+    preset("weight_decay", "AdamW's, on the logits", type=float)
+    preset("adam_eps", "Adam's eps: gates with gradients far below it stay where they are", type=float)
+    preset("prune", "1: after training, reopen closed gates that do nothing", type=int, choices=(0, 1))
+    add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="what is gated (ffn norm)")
+    preset("height", "pixels", type=int)
+    preset("width", "pixels", type=int)
+    preset("max_sequence_length", "T5 tokens", type=int)
+    add("--num_inference_steps", type=int, default=4, help="Euler steps of the sampler (%(default)s)")
+    add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or made from prompts/templates.csv)")
+    add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
+    add("--num_prompts", type=int, default=20, help="training pairs per concept (%(default)s)")
+    add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
+    add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
+    add("--seed", type=int, default=0)
+    add("--out_dir", type=Path, help="(erased/<concept>)")
+    add("--save", choices=("full", "mask"), default="full", help="mask: no transformer folder, which is 24 GB for FLUX (%(default)s)")
+    add("--save_every", type=int, default=10, help="steps between resumable states (%(default)s)")
+    add("--resume", action="store_true", help="go on with the interrupted run of the same command")
+    add("--device", help="(cuda if there is one, else cpu)")
+    add("--dry_run", action="store_true", help="print the configuration, the number of gates and of prompts, and stop")
+    args = p.parse_args(argv)
+
+    cuda = torch.cuda.is_available()
+    args.why = "--model" if args.model else "a CUDA GPU is here" if cuda else "no CUDA GPU here; FLUX.1-schnell needs one"
+    args.model, args.device = args.model or (SCHNELL if cuda else TINY), args.device or ("cuda" if cuda else "cpu")
+    args.is_tiny = Path(args.model).resolve() == Path(TINY).resolve()
+    args.preset = args.preset or ("tiny" if args.is_tiny else "paper")
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:                            # the picture's size goes with the model, the rest with the preset
+            column = "tiny" if args.is_tiny and name in ("height", "width", "max_sequence_length") else args.preset
+            setattr(args, name, values[PRESETS.index(column)])
+    if args.micro_batch is None:
+        args.micro_batch = args.batch + args.retain_batch if args.is_tiny else 1
+    args.prompt_dir = HERE / "prompts/tiny" if args.is_tiny else HERE / "prompts"
+    args.out_dir = args.out_dir or Path("erased") / "_".join(re.sub(r"\W+", "_", c.lower()) for c in args.concept)
+    return args
+
+
+def check_args(args) -> None:
+    """What the command line alone can get wrong. Raises UserError."""
+    for flag in ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag}: must be at least 1, not {getattr(args, flag)}")
+    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
+        if not 0 <= getattr(args, flag) < math.inf:
+            raise UserError(f"--{flag}: must be a number >= 0, not {getattr(args, flag)}")
+    for flag in ("height", "width"):
+        if getattr(args, flag) < 16 or getattr(args, flag) % 16:
+            raise UserError(f"--{flag}: must be a multiple of 16 pixels, not {getattr(args, flag)}")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed: must be between 0 and 2147483647, not {args.seed}")
+    if any(not c.replace("_", " ").strip() for c in args.concept):
+        raise UserError("--concept: is empty")
+    if args.neutral is not None and (args.prompts or args.neutral != args.neutral.strip()):
+        raise UserError("--neutral: goes with template prompts, not with --prompts" if args.prompts else "--neutral: starts or ends with a blank")
+    if args.neutral and any(mentions(c, args.neutral) for c in args.concept):
+        raise UserError(f"--neutral: {args.neutral!r} contains the concept")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {args.device}: {first_line(error)}") from None
+    if args.out_dir.exists() and not args.out_dir.is_dir():
+        raise UserError(f"--out_dir: {args.out_dir} is a file")
+    if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.resume:
+        raise UserError(f"--out_dir: {args.out_dir} is not empty; choose another folder, or --resume its run")
+    if args.resume and not (args.out_dir / "config.json").is_file():
+        raise UserError(f"--resume: no run to go on with in {args.out_dir} (no config.json)")
+
+
+def prepare(args) -> tuple:
+    """Everything that can be wrong before a weight is loaded. Returns (pairs, tests, retain, retain tests, sites, config)."""
+    check_args(args)
+    rows = [concept_pairs(concept, args) for concept in args.concept]
+    pairs = [r for part in rows for r in [r for r in part if r["split"] == "train"][:args.num_prompts]]
+    tests = [r for part in rows for r in part if r["split"] == "test"] or pairs
+    file = args.retain or args.prompt_dir / "retain.csv"
+    retain = [r for r in read_prompts(file, "--retain", ("prompt", "evaluation_seed", "split")) if not any(mentions(c, r["prompt"]) for c in args.concept)]
+    retain, retain_tests = ([r for r in retain if r["split"] == split] for split in ("train", "test"))
+    if not pairs:
+        raise UserError(f"--{'prompts' if args.prompts else 'concept'}: no training pairs")
+    if not retain:
+        raise UserError(f"--retain: {file} has no training prompt without the concept")
+    try:
+        flux = FluxTransformer2DModel.load_config(args.model, subfolder="transformer")
+        if flux.get("_class_name") != "FluxTransformer2DModel":
+            raise ValueError(f"its transformer is a {flux.get('_class_name')}")
+        with torch.device("meta"):
+            meta = FluxTransformer2DModel.from_config(flux)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model: {args.model} is not a diffusers FLUX model: {first_line(error)}") from None
+    needed = 2**26 + (meta.num_parameters() * (4 if args.device == "cpu" else 2) if args.save == "full" else 0)
+    free = shutil.disk_usage(next(p for p in (args.out_dir.absolute(), *args.out_dir.absolute().parents) if p.exists())).free
+    if free < needed:
+        raise UserError(f"--out_dir: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed; --save mask needs little")
+    folder = Path(args.model).resolve()
+    model = args.model if not folder.exists() else str(folder.relative_to(HERE)) if folder.is_relative_to(HERE) else str(folder)
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+              if k not in ("resume", "dry_run", "prompt_dir", "why", "device", "save_every", "out_dir", "is_tiny")}
+    config |= dict(model=model, device_type=torch.device(args.device).type, versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers)})
+    if args.resume:
+        before = json.loads((args.out_dir / "config.json").read_text())
+        if changed := [k for k in config if before.get(k) != config[k]]:
+            raise UserError(f"--resume: --{changed[0]} was {before.get(changed[0])}, now {config[changed[0]]}; repeat the same command")
+        if (args.out_dir / "mask.safetensors").exists():
+            raise UserError(f"--resume: the run in {args.out_dir} is finished")
+    return pairs, tests, retain, retain_tests or retain, gate_sites(meta, args.modules), config
+
+
+def run(args) -> None:
+    began, (pairs, tests, retain, retain_tests, sites, config) = time.time(), prepare(args)
+    total, out_dir = sum(sites.values()), args.out_dir
+    print(f"model: {config['model']} ({args.why}); preset {args.preset}; {total:,} gates in {len(sites)} layers; "
+          f"{len(pairs)} concept pairs, {len(retain)} retain prompts", flush=True)
+    if args.dry_run:
+        return print(json.dumps(config, indent=1))
+    pipe = load_pipeline(args.model, args.device)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(out_dir / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
+
+    cases = Cases(pipe, pairs, retain, args)
+    gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
+    train(cases, gate_logits, args, out_dir)
+    mask = binary(gate_logits)
+    if args.prune:
+        mask = prune_back(cases, mask, args)
+
+    held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)
+    per_case = torch.tensor([args.batch / 32, args.retain_batch / 32, 0])
+    shown = [("concept prompts", tests[:6]), ("other prompts", retain_tests[:6])]
+    pictures = lambda: [draw(pipe, [r["prompt"] for r in rows], [r["evaluation_seed"] for r in rows], args) for _, rows in shown]
+    before, base, base_pictures = cases.loss({}, held_out, args.micro_batch) * per_case, fingerprint(pipe.transformer), pictures()
+    fold(pipe.transformer, mask)
+    after, erased_pictures = cases.loss({}, held_out, args.micro_batch) * per_case, pictures()        # against the cached base outputs
+    save_preview(out_dir / "preview.png", [(f"{title}\n{name}", row[i]) for i, (title, _) in enumerate(shown)
+                                           for name, row in (("base", base_pictures), ("erased", erased_pictures))])
+    save_curves(out_dir / "curves.png", [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()])
+    if args.save == "full":
+        pipe.transformer.save_pretrained(out_dir / "transformer")
+    closed = sum((g == 0).sum().item() for g in mask.values())
+    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; error to the neutral "
+               f"picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
+    (out_dir / "README.md").write_text(MODEL_CARD.format(**vars(args) | config | dict(
+        modules=" and ".join(args.modules), concepts=", ".join(args.concept), pairs=len(pairs), retain=len(retain), summary=summary,
+        held_out=len(held_out), fingerprint=base)))
+    save_mask(out_dir / "mask.safetensors", mask, base, model=config["model"], concepts=json.dumps(args.concept), seed=args.seed)   # last: the run is finished
+    print(f"{summary}\nwrote {out_dir}/: {' '.join(sorted(p.name for p in out_dir.iterdir()))}\n"
+          f"next: look at {out_dir}/preview.png" + (f", then python tiny/check.py {out_dir}" if args.is_tiny else ""))
+
+
+def main(argv=None) -> int:
+    try:
+        run(parse_args(argv))
+    except (UserError, json.JSONDecodeError) as error:
+        print(f"erase.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"erase.py: failed: {first_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
