@@ -34,11 +34,13 @@ class Judge:
     def __init__(self, path=HERE / "judge"):
         self.model, self.processor = AutoModel.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
 
+    def ids(self, texts: list[str]) -> torch.Tensor:
+        return self.processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
     @torch.no_grad()
     def __call__(self, pictures: list, texts: list[str]) -> np.ndarray:
         """(N, len(texts)) probabilities."""
-        ids = self.processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        out = []
+        ids, out = self.ids(texts), []
         for i in range(0, len(pictures), 128):
             pixels = self.processor.image_processor(pictures[i:i + 128], return_tensors="pt").pixel_values
             out.append(self.model(input_ids=ids, pixel_values=pixels).logits_per_image.sigmoid().numpy())
@@ -48,8 +50,7 @@ class Judge:
     @torch.no_grad()
     def text_vectors(self, texts: list[str]) -> np.ndarray:
         """(len(texts), width), of length 1."""
-        ids = self.processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        vectors = self.model.get_text_features(input_ids=ids)
+        vectors = self.model.get_text_features(input_ids=self.ids(texts))
         vectors = getattr(vectors, "pooler_output", vectors)
         return torch.nn.functional.normalize(vectors, dim=-1).numpy()
 
@@ -127,7 +128,7 @@ def check_base(n: int, grid: Path) -> None:
     sheet = Image.new("RGB", (16 * 66, 8 * 66), "white")
     for r, key in enumerate(("one", "one", "two", "two", "styled", "styled", "synonym", "empty")):
         for c in range(16):
-            sheet.paste(pictures[key][16 * (r % 2) + c if key != "styled" else c + 16 * (r % 2)], (c * 66, r * 66))
+            sheet.paste(pictures[key][c + 16 * (r % 2)], (c * 66, r * 66))
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.NEAREST).save(grid)
 
 
@@ -158,9 +159,11 @@ class Base:
 
 def check_erased(folder: Path, base: Base, judge: Judge, n: int) -> dict:
     """One row of the table: rates of the erased model, base beside them, on test prompts (never trained on) and their seeds."""
-    config = json.loads((folder / "config.json").read_text())
-    concept = config["concept"][0].replace("_", " ")
     pipe = erase.load_erased(folder, "cpu")
+    config = json.loads((folder / "config.json").read_text())
+    if len(config["concept"]) > 1:
+        raise erase.UserError(f"{folder}: erases {len(config['concept'])} concepts; this table is for one at a time")
+    concept = config["concept"][0].replace("_", " ")
     draw = lambda prompts, seeds: erase.draw(pipe, prompts, seeds, SIZE, batch=64)
     concept_text = f"a {concept} picture" if concept in world.STYLES else f"a {concept}"
     synonyms = (world.STYLES | world.SYNONYMS).get(concept, ())
@@ -189,7 +192,7 @@ def check_erased(folder: Path, base: Base, judge: Judge, n: int) -> dict:
                  for r, w in zip(rows, itertools.cycle(synonyms))]
         row |= {key: (judge(p, texts)[:, 0] > 0.5).mean() for key, p in (("synonyms_base", base.draw(named, seeds)), ("synonyms", draw(named, seeds)))}
 
-    rng, rest = random.Random("check others"), [name for name in NAMES if name != concept]
+    rest = [name for name in NAMES if name != concept]
     vectors = judge.text_vectors(THING_TEXTS + [concept_text])
     near = sorted(rest, key=lambda name: -float(vectors[NAMES.index(name)] @ vectors[-1]))[:8]
     asked = [(name, k) for name in NAMES for k in range(6)] + [(name, k) for name in near for k in range(6, 30)]
@@ -240,6 +243,8 @@ if __name__ == "__main__":
     parser.add_argument("--grid", type=Path, default=HERE / "samples.png", help="where the base's picture grid goes")
     parser.add_argument("--json", type=Path, help="write the erased models' rows here")
     args = parser.parse_args()
+    if args.n is not None and args.n < (1 if args.erased else 32):
+        parser.error(f"-n: must be at least {1 if args.erased else 32}, not {args.n}")
     try:
         check_all_erased(args.erased, args.n or 200, args.json) if args.erased else check_base(args.n or 528, args.grid)
     except erase.UserError as error:

@@ -106,12 +106,12 @@ def train_vae(args):
     muon = Muon(inner.values(), momentum=0.9)
     adam = torch.optim.Adam([p for n, p in vae.named_parameters() if n not in inner], betas=(0.9, 0.99))
     muon.param_groups[0]["peak"], adam.param_groups[0]["peak"] = 3e-3, 2e-3
-    state_file, start = args.work / "vae.pt", 0
+    state_file, start, total = args.work / "vae.pt", 0, sum(steps for *_, steps in VAE_ROUNDS)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         vae.load_state_dict(state["vae"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
-    bar = tqdm(range(start, 2250), initial=start, total=2250, desc="vae")
+    bar = tqdm(range(start, total), initial=start, total=total, desc="vae")
     for step in bar:
         rng = random.Random(f"vae {step}")
         torch.manual_seed(step)
@@ -302,6 +302,7 @@ def make_flow(args):
     torch.nn.init.normal_(t5.shared.weight, std=1.0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
     vae = AutoencoderKL.from_pretrained(args.out / "flux/vae")
+    vae.register_to_config(_name_or_path="")       # no path of this machine in the saved configuration
     return FluxPipeline(scheduler=scheduler, vae=vae, text_encoder=clip, tokenizer=clip_tokenizer, text_encoder_2=t5,
                         tokenizer_2=t5_tokenizer, transformer=transformer)
 
