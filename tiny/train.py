@@ -2,7 +2,7 @@
 
     python tiny/train.py                    # all stages, each checkpointed; the same command again goes on where it stopped
     python tiny/train.py --without gun      # the same model of a world where the gun and its synonyms never occur
-    python tiny/train.py --stages flow      # one stage only: vae, judge or flow
+    python tiny/train.py --stages flow      # one stage only: vae, decoder, judge or flow
 
 Flow matching as in FLUX: x_s = (1 - s) x0 + s noise, v = noise - x0, s = 1 is noise. Two choices make 4 Euler steps and CPU
 minutes enough: the scene's layout is tied to the noise (`noise_for`), so that paths are nearly straight, as after a reflow;
@@ -136,6 +136,49 @@ def train_vae(args):
     vae.to(memory_format=torch.contiguous_format).save_pretrained(args.out / "flux/vae")
 
 
+def varied_scene(rng: random.Random) -> world.Scene:
+    """A scene from a world with more of what is hard to draw and to see: large things and styles."""
+    return world.sample_scene(rng, styled=0.5) if rng.random() < 0.6 else crowded_scene(rng)
+
+
+def train_decoder(args):
+    """The decoder alone, from latents with up to half a standard deviation of noise: it learns to draw the thing that an
+    inexact latent stands for (noise-augmented decoding, Zheng et al. 2025, arXiv 2510.11690); the latents stay what they are."""
+    folder = args.out / "flux/vae"
+    vae = AutoencoderKL.from_pretrained(folder).to(args.device, memory_format=torch.channels_last)
+    vae.register_to_config(_name_or_path="")   # no path of this machine in the saved configuration
+    named = dict(vae.decoder.named_parameters())
+    inner = {n: p for n, p in named.items() if p.ndim == 4 and "conv_in" not in n and "conv_out" not in n}
+    muon = Muon(inner.values(), momentum=0.9)
+    adam = torch.optim.Adam([p for n, p in named.items() if n not in inner], betas=(0.9, 0.99))
+    muon.param_groups[0]["peak"] = adam.param_groups[0]["peak"] = 1.5e-3
+    state_file, start = args.work / "decoder.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        vae.decoder.load_state_dict(state["decoder"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
+        start = state["step"]
+    bar, average = tqdm(range(start, args.decoder_steps), initial=start, total=args.decoder_steps, desc="decoder", mininterval=5), 0.0
+    for step in bar:
+        rng = random.Random(f"decoder {step}")
+        torch.manual_seed(step)
+        for optimizer in (muon, adam):
+            learning_rate(optimizer, step, args.decoder_steps, warmup=30)
+        x = tensor([world.draw(varied_scene(rng)) for _ in range(16)]).to(args.device)
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mean
+            z = z + 0.5 * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z) / vae.config.scaling_factor
+        loss = (vae.decode(z).sample - x).abs().mean()
+        muon.zero_grad(), adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        muon.step(), adam.step()
+        average += (loss.item() - average) / min(step - start + 1, 50)
+        bar.set_postfix(l1=f"{average:.4f}")
+        if (step + 1) % 100 == 0 or step + 1 == args.decoder_steps:
+            save_state(state_file, decoder=vae.decoder.state_dict(), muon=muon.state_dict(), adam=adam.state_dict(), step=step + 1)
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(folder)
+
+
 # --------------------------------------------------------------------------------------------------------- tokenizers
 def text_corpus(without: tuple[str, ...]) -> list[str]:
     """World captions, and the prompt files for natural English, so that any word splits into a few pieces."""
@@ -146,7 +189,7 @@ def text_corpus(without: tuple[str, ...]) -> list[str]:
 
 def make_tokenizers(args) -> tuple[CLIPTokenizer, PreTrainedTokenizerFast]:
     """Byte-level BPE for both encoders: no string has an unknown token."""
-    folder = args.init or args.work                # a resumed or further run keeps its tokens
+    folder = args.init / "flux" if args.init else args.work      # a resumed or further run keeps its tokens
     if (folder / "tokenizer").exists():
         return CLIPTokenizer.from_pretrained(folder / "tokenizer"), PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
     corpus = text_corpus(args.without)
@@ -214,13 +257,15 @@ def train_judge(args):
         state = torch.load(state_file, weights_only=True)
         judge.load_state_dict(state["judge"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
+    elif args.init:
+        judge.load_state_dict(SiglipModel.from_pretrained(args.init / "judge").state_dict())
     bar = tqdm(range(start, args.judge_steps), initial=start, total=args.judge_steps, desc="judge")
     for step in bar:
         rng = random.Random(f"judge {step}")
         torch.manual_seed(step)
         for optimizer in (muon, adam):
             learning_rate(optimizer, step, args.judge_steps)
-        scenes = [world.sample_scene(rng) for _ in range(128)]
+        scenes = [world.sample_scene(rng, styled=0.5) for _ in range(128)]
         x = tensor([world.draw(s) for s in scenes]).to(args.device)
         with torch.no_grad():                  # mild damage: a VAE round trip with some latent noise, blur, pixel noise
             z = vae.encode(x[:8]).latent_dist.mean
@@ -332,10 +377,10 @@ def embed(pipe, captions, rng, device):
     drop = [rng.random() for _ in captions]
     to_clip = ["" if d < 0.06 else c for c, d in zip(captions, drop)]
     to_t5 = ["" if d > 0.95 else c for c, d in zip(captions, drop)]
-    tokens = lambda tokenizer, texts, length: tokenizer(texts, padding="max_length", truncation=True, max_length=length,
-                                                        return_tensors="pt").input_ids.to(device)
-    return (pipe.text_encoder_2(tokens(pipe.tokenizer_2, to_t5, T5_LENGTH)).last_hidden_state,
-            pipe.text_encoder(tokens(pipe.tokenizer, to_clip, CLIP_LENGTH)).pooler_output)
+    tokens = lambda tokenizer, texts, length, padding: tokenizer(texts, padding=padding, truncation=True, max_length=length,
+                                                                 return_tensors="pt").input_ids.to(device)
+    return (pipe.text_encoder_2(tokens(pipe.tokenizer_2, to_t5, T5_LENGTH, "max_length")).last_hidden_state,
+            pipe.text_encoder(tokens(pipe.tokenizer, to_clip, CLIP_LENGTH, "longest")).pooler_output)   # causal: padding changes nothing
 
 
 def train_flow(args):
@@ -357,7 +402,7 @@ def train_flow(args):
         start = state["step"]
     elif args.init:
         for name, module in zip(("transformer", "text_encoder", "text_encoder_2"), modules):
-            module.load_state_dict(type(module).from_pretrained(args.init / name).state_dict())
+            module.load_state_dict(type(module).from_pretrained(args.init / "flux" / name).state_dict())
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, args.device, torch.float32)
     txt_ids = torch.zeros(T5_LENGTH, 3, device=args.device)
     velocity = lambda x, s, sequence, pooled: model(
@@ -402,7 +447,7 @@ def train_flow(args):
             pipe.save_pretrained(args.out / "flux", max_shard_size="15MB")
 
 
-STAGES = dict(vae=train_vae, judge=train_judge, flow=train_flow)
+STAGES = dict(vae=train_vae, decoder=train_decoder, judge=train_judge, flow=train_flow)
 
 
 def main():
@@ -411,13 +456,14 @@ def main():
     parser.add_argument("--out", type=Path, help="flux/ and judge/ are written here  (default: tiny/, with --without its work folder)")
     parser.add_argument("--work", type=Path, help="checkpoints; delete to start anew  (default: tiny/work, or tiny/work_without_...)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--decoder_steps", type=int, default=1500)
     parser.add_argument("--judge_steps", type=int, default=1200)
     parser.add_argument("--flow_steps", type=int, default=3700)
     parser.add_argument("--pictures", type=int, default=40000, help="pictures drawn and encoded for the flow")
     parser.add_argument("--own_from", type=float, default=1.0, help="share of the flow's steps before it trains on its own trajectories")
     parser.add_argument("--muon_lr", type=float, default=3e-3)
     parser.add_argument("--adam_lr", type=float, default=2e-3)
-    parser.add_argument("--init", type=Path, help="start the flow from this pipeline folder's weights, e.g. tiny/flux, to train it further")
+    parser.add_argument("--init", type=Path, help="start the judge and the flow from this folder's judge/ and flux/, e.g. tiny, to train them further")
     parser.add_argument("--without", nargs="*", default=(), metavar="CONCEPT", help="leave these out of the flow's world, synonyms too")
     args = parser.parse_args()
     if unknown := set(args.without) - set(world.THINGS) - set(world.STYLES):

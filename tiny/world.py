@@ -50,7 +50,9 @@ STYLES = {"sepia": ("vintage", "antique", "brown toned"), "sketch": ("pencil", "
           "mosaic": ("tiled", "ceramic tile", "tessellated"), "neon": ("glowing", "fluorescent", "blacklight")}
 
 # windows are (row, column, side) in cells; one thing may be small or large, two things sit in two of the four quadrants
-SINGLE_WINDOWS = tuple((r, c, 2) for r in range(3) for c in range(3)) + tuple((r, c, 3) for r in range(2) for c in range(2))
+SMALL_WINDOWS = tuple((r, c, 2) for r in range(3) for c in range(3))
+LARGE_WINDOWS = tuple((r, c, 3) for r in range(2) for c in range(2))
+SINGLE_WINDOWS = SMALL_WINDOWS + LARGE_WINDOWS
 PAIR_WINDOWS = tuple(itertools.permutations([(r, c, 2) for r in (0, 2) for c in (0, 2)], 2))
 
 SINGLE_TEMPLATES = ("a photo of {a} on {bg}", "{a} on {bg}", "a picture of {a} on {bg}", "an image of {a} on {bg}",
@@ -92,15 +94,15 @@ def caption(scene: Scene, rng: random.Random, synonyms: float = 0.35, name_backg
     return text
 
 
-def sample_scene(rng: random.Random, without: tuple[str, ...] = ()) -> Scene:
-    """A training scene: 45 % one thing, 45 % two, 10 % none; 20 % of the pictures with things carry a style."""
+def sample_scene(rng: random.Random, without: tuple[str, ...] = (), styled: float = 0.2) -> Scene:
+    """A training scene: 45 % one thing, small or large, 45 % two, 10 % none; `styled` of those with things carry a style."""
     names = [t for t in THINGS if t not in without]
     count = rng.choices((0, 1, 2), (10, 45, 45))[0]
     things = tuple(rng.sample(names, count))
-    windows = ((), (rng.choice(SINGLE_WINDOWS),), rng.choice(PAIR_WINDOWS))[count]
+    windows = ((), (rng.choice(rng.choice((SMALL_WINDOWS, LARGE_WINDOWS))),), rng.choice(PAIR_WINDOWS))[count]
     if count and rng.random() < 0.08:            # "nothing and an apple": the neutral twin of "a gun and an apple"
         things = rng.choice((("nothing", *things[1:]), (*things[:-1], "nothing")))
-    style = rng.choice([s for s in STYLES if s not in without]) if count and rng.random() < 0.2 else None
+    style = rng.choice([s for s in STYLES if s not in without]) if count and rng.random() < styled else None
     return Scene(things, windows, rng.choice(list(BACKGROUNDS)), style)
 
 
