@@ -187,7 +187,7 @@ def concept_rows(concept: str, train: int = 24, test: int = 60):
 
 
 def write_prompts(folder: Path) -> None:
-    """prompts/tiny: a file per concept, retain prompts, and templates for concepts that have no file."""
+    """prompts/tiny: a file per concept, retain prompts, templates for concepts that have no file, and what the judge can be asked for."""
     def write(name, header, rows, train):
         with open(folder / name, "w", newline="") as f:
             writer = csv.writer(f, lineterminator="\n")
@@ -204,6 +204,12 @@ def write_prompts(folder: Path) -> None:
     write("retain.csv", ("case_number", "prompt", "evaluation_seed", "split"), [(p,) for p in retain], 400)
     templates = [p.replace(article("gun"), "{x}") for p, _ in concept_rows("gun")]
     write("templates.csv", ("case_number", "prompt", "evaluation_seed", "split"), [(t,) for t in templates], 24)
+    with open(folder / "vocabulary.csv", "w", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(("word", "kind", "question", "synonyms"))
+        writer.writerows((name, "object", article(name), "|".join(SYNONYMS.get(name, ()))) for name in THINGS)
+        writer.writerows((name, "style", article(f"{name} picture"), "|".join(words)) for name, words in STYLES.items())
+        writer.writerows((f"{color} background", "background", article(f"{color} background"), "") for color in BACKGROUNDS)
 
 
 if __name__ == "__main__":
