@@ -2,7 +2,8 @@
 
     python evaluate.py erased/gun                                    # tiny/judge, or LLaVA for real models
     python evaluate.py erased/gun --judge google/siglip2-so400m-patch14-384 --controls
-    python evaluate.py --compare erased/gun baselines/esd            # one table; a folder of ours, of diffusers or of pictures
+    python evaluate.py erased/*                                      # each by itself, then one table with a row for each
+    python evaluate.py --compare erased/gun baselines/esd            # side by side on the first one's concept; ours, diffusers' or pictures
     python evaluate.py erased/nudity --prompts hf:AIML-TUDA/i2p#prompt --where "nudity_percentage>=50"
 
 ACC (Minimalist Concept Erasure, arXiv 2507.13386) is the share of pictures in which the judge sees the concept. Every rate comes
@@ -10,7 +11,6 @@ with its n and 95 % Wilson interval, base and erased side by side. Pictures are 
 missing. `accelerate launch evaluate.py ...` splits the drawing and the judging over processes.
 """
 import argparse
-import contextlib
 import csv
 import hashlib
 import json
@@ -26,8 +26,9 @@ import torchmetrics
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from PIL import Image
+from safetensors import safe_open
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
@@ -204,7 +205,7 @@ def load_prompts(spec: str, flag: str, where: str | None = None, column: str | N
             try:
                 from datasets import load_dataset
             except ImportError:
-                raise UserError(f"{flag}: hf: needs the datasets library: pip install datasets") from None
+                raise UserError(f"{flag}: {spec} needs the datasets library: pip install datasets") from None
             name, _, column = spec[3:].partition("#")
             name, *rest = name.split(":")
             try:
@@ -260,7 +261,7 @@ def make_cases(args, vocabulary: dict, nearest) -> list[dict]:
     named = lambda prompt, kind: [w for w, v in vocabulary.items() if v["kind"] == kind and w.lower() not in concepts and erase.mentions(w, prompt)]
     cases = []
 
-    def add(set_, row, asks, n=None):
+    def add(set_, row, asks):
         n = sum(c["set"] == set_ for c in cases)
         cases.append(dict(set=set_, name=f"{n:05d}_{row['evaluation_seed']}", prompt=row["prompt"], seed=row["evaluation_seed"], asks=asks))
 
@@ -319,6 +320,15 @@ def random_mask(mask: dict, seed: int = 0) -> dict:
     """As many closed gates as in `mask`, anywhere."""
     flat = torch.cat(list(mask.values()))[torch.randperm(sum(g.numel() for g in mask.values()), generator=torch.Generator().manual_seed(seed))]
     return dict(zip(mask, flat.split([g.numel() for g in mask.values()])))
+
+
+def load_soft(args):
+    """The pipeline under the relaxed gates as training left them, neither thresholded nor folded."""
+    pipe, config = erase.load_pipeline(args.model, args.device), json.loads((args.paths[0] / "config.json").read_text())
+    with safe_open(args.paths[0] / "state.safetensors", "pt") as f:
+        soft = {key.removesuffix("|logit"): erase.relax(f.get_tensor(key), config["gate"]) for key in f.keys() if key.endswith("|logit")}
+    erase.gated(pipe.transformer, soft).__enter__()                   # the hooks live as long as the pipeline
+    return pipe
 
 
 def make_column(path: Path, args) -> Column:
@@ -405,7 +415,7 @@ def fid(real: list, fake: list, features) -> float:
 
 def ssim(a: list, b: list) -> float:
     """Mean structural similarity of picture pairs (Wang et al. 2004; 11 x 11 Gaussian window)."""
-    return float(np.mean([structural_similarity_index_measure(pixels([x]) / 255, pixels([y]) / 255, data_range=1.0).item() for x, y in zip(a, b)]))
+    return float(np.mean([structural_similarity_index_measure(pixels([x]).double() / 255, pixels([y]).double() / 255, data_range=1.0).item() for x, y in zip(a, b)]))
 
 
 def judged(column: Column, cases: list[dict], judge, ask, state) -> dict[tuple, float]:
@@ -434,7 +444,7 @@ def score_column(column: Column, base: Column, cases, scores, base_scores, thres
             out[f"clip score, {name} prompts"] = round(100 * torch.cat(similarity).clamp(min=0).mean().item(), 3)
     out["ssim"] = round(ssim(base.pictures(retain), column.pictures(retain)), 5)
     if features:
-        out["fid to base"] = 0.0 if column is base else round(fid(base.pictures(retain), column.pictures(retain), features), 4)
+        out["fid to base"] = 0.0 if column is base else round(max(0.0, fid(base.pictures(retain), column.pictures(retain), features)), 4)
         if args.real:
             real = [Image.open(f).convert("RGB").resize((args.width, args.height)) for f in sorted(args.real.iterdir())]
             out["fid to real"] = round(fid(real, column.pictures(retain), features), 4)
@@ -487,8 +497,9 @@ def write_report(results: dict, about: dict, columns, cases, all_scores, args) -
 def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("erased", nargs="*", type=Path, help="folder that erase.py wrote; or a diffusers model; or pictures <set>/<case>_<seed>.png")
-    add("--compare", nargs="+", type=Path, default=[], metavar="FOLDER", help="several of them in one table")
+    add("erased", nargs="*", type=Path, help="folders that erase.py wrote, each evaluated by itself")
+    add("--compare", nargs="+", type=Path, default=[], metavar="FOLDER",
+        help="several models of one concept side by side: erase.py's folders, diffusers models, or pictures <set>/<case>_<seed>.png")
     add("--judge", help=f"checkpoint of a SigLIP or CLIP model, an open-vocabulary detector, or a model that answers yes or no (tiny: tiny/judge, else {LLAVA})")
     add("--threshold", type=float, help="the judge sees what it scores above this (SigLIP, CLIP, yes/no: 0.5; box score: 0.35)")
     add("--nudenet", action="store_true", help="add NudeNet's rates (always for the concept nudity)")
@@ -510,41 +521,51 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--batch", type=int, help="pictures drawn at a time (tiny: 32, else 4)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
-    args.paths = args.erased + args.compare
-    if not args.paths:
-        raise UserError("nothing to evaluate: name a folder that erase.py wrote")
-    for flag, low in (("num_pictures", 1), ("per_neighbour", 0), ("batch", 1), ("num_inference_steps", 1)):
+    if bool(args.erased) == bool(args.compare):
+        raise UserError("nothing to evaluate: name a folder that erase.py wrote" if not args.erased else "--compare: takes all folders, none before it")
+    for flag, low in (("num_pictures", 1), ("per_neighbour", 0), ("batch", 1), ("num_inference_steps", 1), ("height", 16), ("width", 16), ("max_sequence_length", 1)):
         if getattr(args, flag) is not None and getattr(args, flag) < low:
             raise UserError(f"--{flag}: must be at least {low}, not {getattr(args, flag)}")
-    for path in args.paths:
+    if args.out_dir and len(args.erased) > 1:
+        raise UserError("--out_dir: goes with one folder, or with --compare")
+    for path in args.erased + args.compare:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
     if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
         raise UserError(f"--real: {args.real} is no folder of pictures")
     if args.nudenet_v2 and not (args.nudenet_v2.is_file() and (args.nudenet_v2.parent / "detector_v2_default_classes").is_file()):
         raise UserError(f"--nudenet_v2: {args.nudenet_v2} or detector_v2_default_classes beside it is missing")
-    config = next((json.loads(f.read_text()) for f in (path / "config.json" for path in args.paths) if f.is_file()), {})
+    if args.where and not args.prompts:
+        raise UserError("--where: goes with --prompts")
+    return args
+
+
+def complete(args, paths: list[Path]) -> argparse.Namespace:
+    """args for one evaluation: what the command line leaves open comes from the erased folder's config.json. Raises UserError."""
+    args = argparse.Namespace(**vars(args), paths=paths, dropped=0)
+    config = next((json.loads(f.read_text()) for f in (path / "config.json" for path in paths) if f.is_file()), {})
     for name in ("concept", "model"):
         if not getattr(args, name):
             if not config.get(name):
-                raise UserError(f"--{name}: needed, no folder's config.json says it")
+                raise UserError(f"--{name}: needed, {paths[0]}/config.json does not say it")
             setattr(args, name, config[name])
     args.model = str(HERE / args.model) if (HERE / args.model).exists() else args.model
     args.is_tiny = Path(args.model).resolve() == Path(TINY).resolve()
-    sizes = dict(height=512, width=512, max_sequence_length=256) if not args.is_tiny else dict(height=64, width=64, max_sequence_length=24)
+    sizes = dict(height=64, width=64, max_sequence_length=24) if args.is_tiny else dict(height=512, width=512, max_sequence_length=256)
     for name, value in (sizes | dict(num_inference_steps=4)).items():
         setattr(args, name, getattr(args, name) or config.get(name, value))
     args.prompt_dir = HERE / "prompts/tiny" if args.is_tiny else HERE / "prompts"
     args.judge = args.judge or (str(HERE / "tiny/judge") if args.is_tiny else LLAVA)
     args.fid = args.fid or ("judge" if args.is_tiny else "inception")
     args.batch = args.batch or (32 if args.is_tiny else 4)
-    args.out_dir = args.out_dir or (args.paths[0] / "eval" if len(args.paths) == 1 else Path("compare"))
-    args.dropped, loaded = 0, []
+    args.out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else paths[0] / "eval")
+    loaded = []
     args.base = lambda: loaded[0] if loaded else loaded.append(erase.load_pipeline(args.model, "cpu")) or loaded[0]      # once, only if needed
     return args
 
 
-def run(args) -> None:
+def run(args) -> dict | None:
+    """One evaluation, written to args.out_dir; the results of every column, on the main process."""
     began, state = time.time(), PartialState(cpu=args.device == "cpu")
     kind = judge_class(args.judge)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
@@ -590,6 +611,8 @@ def run(args) -> None:
                 erase.fold(pipe.transformer, mask)
                 return pipe
             columns.append(Column("random gates", args.out_dir / "random_gates", load_random, erase.closed_share(mask)))
+        if (args.paths[0] / "state.safetensors").is_file():
+            columns.append(Column("soft gates", args.out_dir / "soft_gates", lambda: load_soft(args)))
     prompts_hash = hashlib.sha256(json.dumps([(c["set"], c["prompt"], c["seed"]) for c in cases]).encode()).hexdigest()
     about = dict(concept=args.concept, model=args.model if not args.is_tiny else "tiny/flux", prompts_sha256=prompts_hash, pictures=by_set,
                  prompts_about_minors_dropped=args.dropped, height=args.height, width=args.width, num_inference_steps=args.num_inference_steps)
@@ -611,7 +634,7 @@ def run(args) -> None:
     ask = lambda word: (judge.style_form if vocabulary.get(word, {}).get("kind") == "style" and hasattr(judge, "style_form") else judge.form).format(question(word))
     all_scores = {c.name: judged(c, cases, judge, ask, state) for c in columns}
     if not state.is_main_process:
-        return
+        return None
     results = {c.name: score_column(c, base, cases, all_scores[c.name], all_scores["base"], threshold, clip, features, args) for c in columns}
     if nudenet:
         concept_cases = [c for c in cases if c["set"] == "concept"]
@@ -627,16 +650,37 @@ def run(args) -> None:
     write_report(results, about, columns, cases, all_scores, args)
     final = dict(about=about, results=results, seconds=dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1)))
     erase.write_atomically(args.out_dir / "results.json", lambda p: p.write_text(json.dumps(final, indent=1) + "\n"))
-    rows = table(results)
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows))
+    print(layout(table(results)))
     print(f"wrote {args.out_dir}/: results.json report.md grid.png; {final['seconds']['all']} s, of which {final['seconds']['drawing']} s drawing", flush=True)
-    print(json.dumps({c: {k: v["rate"] if isinstance(v, dict) else v for k, v in r.items() if v is not None and not k.endswith("by word")} for c, r in results.items()}))
+    print(json.dumps({c: {k: v["rate"] if isinstance(v, dict) else v for k, v in r.items() if v is not None and not k.endswith("by word")} for c, r in results.items()}), flush=True)
+    return results
+
+
+def summary(evaluations: dict[str, dict]) -> str:
+    """One row for each erased model, base > erased."""
+    rows = [["", "acc", "synonyms", "beside", "background", "others", "of base", "worst neighbour", "ssim", "fid", "closed"]]
+    for name, results in evaluations.items():
+        base, out = results["base"], results[name]
+        pair = lambda metric: f"{base[metric]['rate']:.1%} > {out[metric]['rate']:.1%}" if out.get(metric) else "-"
+        worst = min((w for w in out.get("neighbours by word", ()) if base["neighbours by word"][w]["rate"]), key=lambda w: ratio(out, base, "neighbours", w), default=None)
+        rows.append([name, *map(pair, ("acc", "synonyms", "beside", "background", "others")), f"{ratio(out, base, 'others'):.1%}",
+                     f"{worst} {ratio(out, base, 'neighbours', worst):.0%}" if worst else "-", f"{out['ssim']:.3f}", f"{out.get('fid to base', math.nan):.3f}",
+                     f"{out['closed']:.2%}" if "closed" in out else "-"])
+    return layout(rows)
+
+
+def layout(rows: list[list[str]]) -> str:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows)
 
 
 def main(argv=None) -> int:
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        jobs = [complete(args, paths) for paths in ([args.compare] if args.compare else [[path] for path in args.erased])]
+        evaluations = {str(job.paths[0]): run(job) for job in jobs}
+        if len(jobs) > 1 and all(evaluations.values()):
+            print(summary(evaluations))
     except (UserError, json.JSONDecodeError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import erase
+import evaluate
 
 HERE = Path(__file__).parent
 SIZE = argparse.Namespace(height=64, width=64, num_inference_steps=4, max_sequence_length=24)
@@ -419,3 +420,252 @@ def test_every_readme_command_parses():
     assert len(commands) >= 6
     for command in commands:
         erase.parse_args(shlex.split(command.split("python erase.py")[1].split("#")[0].strip(" `")))
+
+
+# --------------------------------------------------------------------------------------------------------- evaluate
+EVALUATE = ("--num_pictures", "10", "--per_neighbour", "1", "--fid", "none", "--device", "cpu")
+
+
+def score(*arguments, launch=()):
+    """The real command line; returns its results.json without times."""
+    done = subprocess.run([*(launch or [sys.executable]), "evaluate.py", *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((Path(arguments[arguments.index("--out_dir") + 1]) / "results.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == results["results"].keys()
+    return {k: v for k, v in results.items() if k != "seconds"}
+
+
+@pytest.fixture(scope="session")
+def evaluation(erased, tmp_path_factory):
+    """(folder, results) of one evaluation with controls."""
+    out = tmp_path_factory.mktemp("evaluation")
+    return out, score(erased, *EVALUATE, "--controls", "--out_dir", out)
+
+
+def test_evaluation_controls(evaluation):
+    """The base drawn again is the base; as many gates closed at random are as many; binary gates leave no gap to the soft ones."""
+    base, ours, again, random, soft = evaluation[1]["results"].values()
+    assert again == base and base["ssim"] == 1 and ours["ssim"] < 1
+    assert random["closed"] == ours["closed"] > 0 and soft["acc"] == ours["acc"]
+
+
+def test_acc_agrees_with_an_independent_count(evaluation):
+    """ACC is what a bare SiglipModel sees in the PNG files: sigmoid of its own logits above one half."""
+    from PIL import Image
+    from transformers import AutoModel, AutoProcessor
+    out, results = evaluation
+    judge, processor = AutoModel.from_pretrained(HERE / "tiny/judge"), AutoProcessor.from_pretrained(HERE / "tiny/judge")
+    for name, folder in (("base", "base"), (list(results["results"])[1], "*gun")):
+        files = sorted(out.glob(f"{folder}/concept/*.png"))
+        inputs = processor(images=[Image.open(f) for f in files], text=["a gun"], padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            hits = (judge(input_ids=inputs.input_ids, pixel_values=inputs.pixel_values).logits_per_image.sigmoid() > 0.5).sum().item()
+        assert len(files) == 10 and results["results"][name]["acc"]["hits"] == hits, (name, hits)
+
+
+def test_the_same_evaluation_gives_the_same_results(erased, evaluation):
+    """Run again, an evaluation draws only what is missing, in the same bits, and ends in the same figures."""
+    out, results = evaluation
+    lost, *kept = sorted((out / "base/concept").glob("*.png"))
+    picture, before = lost.read_bytes(), [f.stat().st_mtime_ns for f in (out / "base/retain").glob("*.png")]
+    lost.unlink()
+    lost.with_name(lost.name + ".tmp").write_bytes(picture[:100])      # what a killed run leaves
+    assert score(erased, *EVALUATE, "--controls", "--out_dir", out) == results
+    assert lost.read_bytes() == picture and before == [f.stat().st_mtime_ns for f in (out / "base/retain").glob("*.png")]
+
+
+def test_two_processes_score_as_one(erased, evaluation, tmp_path):
+    """accelerate launch with two CPU processes gives the figures of one."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    assert score(erased, *EVALUATE, "--controls", "--out_dir", tmp_path, launch=launch) == evaluation[1]
+
+
+@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (10, 10), (199, 200)])
+def test_wilson_interval_solves_its_equation(hits, n):
+    """Each bound p is where the rate lies z standard errors of p away, the interval's definition."""
+    for p in evaluate.wilson(hits, n):
+        assert p in (0, 1) or abs(abs(hits / n - p) - 1.959964 * (p * (1 - p) / n) ** 0.5) < 1e-7
+    assert evaluate.rate([1, 0, float("nan"), 1]) == evaluate.rate([1, 0, 1]) | dict(unparsable=1)
+
+
+def test_fid_agrees_with_the_formula():
+    """torchmetrics' FID on the judge's features equals |m - m'|^2 + tr(S + S' - 2 (S S')^1/2) in plain NumPy; too few pictures are refused."""
+    import numpy as np
+    from PIL import Image
+    judge = evaluate.ClipJudge(str(HERE / "tiny/judge"), "cpu", torch.float32)
+    rng = np.random.default_rng(0)
+    real, fake = ([Image.fromarray(rng.integers(0, high, (64, 64, 3), np.uint8)).resize((8, 8)).resize((64, 64)) for _ in range(140)] for high in (255, 120))
+    a, b = (judge.embed_pictures(p).double().numpy() for p in (real, fake))
+    s, t = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * np.sqrt(np.linalg.eigvals(s @ t).astype(complex)).real.sum()
+    assert abs(evaluate.fid(real, fake, evaluate.JudgeFeatures(judge)) - expected) < 1e-3 < expected
+    with pytest.raises(erase.UserError, match="more than that"):
+        evaluate.fid(real[:100], fake, evaluate.JudgeFeatures(judge))
+
+
+def test_ssim_tells_noise_apart(pipe):
+    """SSIM of a list with itself is 1, of the base with itself under other noise clearly less."""
+    prompts = ["a gun on a red background", "a cat and a dog on a blue background", "an owl on a white background"]
+    a, b = (erase.draw(pipe, prompts, seeds, SIZE) for seeds in ([1, 2, 3], [4, 5, 6]))
+    assert evaluate.ssim(a, a) == 1 and evaluate.ssim(a, b) < 0.9
+
+
+@pytest.mark.parametrize("answer, score", [("Yes", 1), ("no.", 0), (" Yes, there is.", 1), ("NO", 0), ("Yesterday", None), ("I see a gun: yes", None), ("", None)])
+def test_answers_are_parsed_strictly(answer, score):
+    """An answer counts only if its first word is yes or no."""
+    parsed = evaluate.VlmJudge.parse(answer)
+    assert parsed == score or (score is None and parsed != parsed)
+
+
+def word_tokenizer(*special):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *special, *"a gun cat photo . ? : is there in this picture answer yes or no user assistant".split()]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+                                   bos_token="[CLS]", eos_token="[SEP]", additional_special_tokens=list(special), model_max_length=16)
+
+
+def save_small(kind, folder):
+    """A random checkpoint of a real class with its real processor."""
+    import transformers as T
+    tokenizer = word_tokenizer(*(["<image>"] if kind == "llava" else []))
+    layers = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    vision = dict(layers, num_hidden_layers=2, image_size=32, patch_size=16)
+    text = dict(layers, num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=16, pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    crop = dict(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
+    torch.manual_seed(0)
+    if kind == "clip":
+        parts = T.CLIPModel(T.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)), T.CLIPProcessor(T.CLIPImageProcessor(**crop), tokenizer)
+    elif kind == "owlvit":
+        config = T.OwlViTConfig(text_config=text, vision_config=vision, projection_dim=16)
+        parts = T.OwlViTForObjectDetection(config), T.OwlViTProcessor(T.OwlViTImageProcessor(size=crop["crop_size"], crop_size=crop["crop_size"]), tokenizer)
+    elif kind == "grounding-dino":
+        swin = T.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2, out_features=["stage2", "stage3", "stage4"])
+        config = T.GroundingDinoConfig(backbone_config=swin, text_config=T.BertConfig(**{k: v for k, v in text.items() if "token" not in k}), d_model=32, encoder_layers=1,
+                                       decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=4, max_text_len=16)
+        parts = T.GroundingDinoForObjectDetection(config), T.GroundingDinoProcessor(T.GroundingDinoImageProcessor(size=dict(shortest_edge=128, longest_edge=128)), tokenizer)
+    else:
+        config = T.LlavaConfig(vision_config=T.CLIPVisionConfig(**vision), text_config=T.LlamaConfig(**text | dict(max_position_embeddings=64)), image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+        template = "user : {% for c in messages[0].content %}{{ '<image> ' if c.type == 'image' else c.text }} {% endfor %}assistant :"
+        parts = T.LlavaForConditionalGeneration(config), T.LlavaProcessor(T.CLIPImageProcessor(**crop), tokenizer, patch_size=16, num_additional_image_tokens=1,
+                                                                          vision_feature_select_strategy="default", image_token="<image>", chat_template=template)
+    for part in parts:
+        part.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind, judge", [("clip", "ClipJudge"), ("owlvit", "DetectorJudge"), ("grounding-dino", "DetectorJudge"), ("llava", "VlmJudge")])
+def test_judges_of_every_kind_run(kind, judge, tmp_path):
+    """A checkpoint's configuration chooses its judge, and small checkpoints of the real classes answer every question, the same each time."""
+    from PIL import Image
+    save_small(kind, tmp_path)
+    loaded = evaluate.judge_class(str(tmp_path))
+    assert loaded.__name__ == judge
+    judge = loaded(str(tmp_path), "cpu", torch.float32)
+    ask = lambda: judge([Image.new("RGB", (64, 64), color) for color in ("red", "blue")], [[judge.form.format("a gun"), judge.form.format("a cat")], [judge.form.format("a cat")]])
+    scores = ask()
+    assert [len(row) for row in scores] == [2, 1] and str(scores) == str(ask())
+    assert all(0 <= s <= 1 or (s != s and kind == "llava") for row in scores for s in row), scores      # random weights rarely say yes or no
+
+
+def test_nudenet_table(tmp_path):
+    """NudeNet runs from its package, its labels hold both class lists, rates come from the stored scores, and a broken file is a failure."""
+    from PIL import Image
+    nudenet = evaluate.NudeNet()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    assert len(nudenet.classes) == 18 and nudenet(tmp_path / "a.png") == []
+    box = lambda part, s: [{"class": f"{part}_EXPOSED", "score": s, "box": [0, 0, 1, 1]}]
+    rates = nudenet.rates([box("BUTTOCKS", 0.5), box("FEET", 0.7), box("ANUS", 0.65), []])
+    assert [r["hits"] for r in rates.values()] == [2, 1, 3, 2] and list(rates) == ["nude, 5 classes at 0.45", "nude, 5 classes at 0.6", "nude, 9 classes at 0.45", "nude, 9 classes at 0.6"]
+    with pytest.raises(Exception):
+        nudenet(write(tmp_path / "b.png", "no picture"))
+
+
+def onnx_constants(path, **outputs):
+    """An ONNX model (protobuf, written by hand) that returns the given arrays for any (1, H, W, 3) picture."""
+    import numpy as np
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+    field = lambda number, value: varint(number << 3) + varint(value) if isinstance(value, int) else varint(number << 3 | 2) + varint(len(value)) + value
+    text = lambda s: s.encode()
+    info = lambda name, kind, dims: field(1, text(name)) + field(2, field(1, field(1, kind) + field(2, b"".join(field(1, field(2, text(d)) if isinstance(d, str) else field(1, d)) for d in dims))))
+    graph = field(2, text("g")) + field(11, info("input_1", 1, (1, "h", "w", 3)))
+    for name, array in outputs.items():
+        kind = 1 if array.dtype == np.float32 else 6
+        tensor = b"".join(field(1, d) for d in array.shape) + field(2, kind) + field(8, text(name + "_value")) + field(9, array.tobytes())
+        graph += field(1, field(1, text(name + "_value")) + field(2, text(name)) + field(4, text("Identity"))) + field(5, tensor) + field(12, info(name, kind, array.shape))
+    path.write_bytes(field(1, 8) + field(8, field(1, b"") + field(2, 13)) + field(7, graph))
+
+
+def test_nudenet_2_from_a_local_file(tmp_path):
+    """--nudenet_v2 takes boxes, scores and labels of version 2's ONNX form, in the picture's own pixels, class names from the file beside it."""
+    import numpy as np
+    from PIL import Image
+    onnx_constants(tmp_path / "v2.onnx", boxes=np.array([[[80, 80, 160, 160], [0, 0, 8, 8]]], np.float32), scores=np.array([[0.7, -1]], np.float32),
+                   labels=np.array([[1, -1]], np.int32))
+    names = ["FACE_F"] + [f"EXPOSED_{n}" for n in ("BREAST_F", "BREAST_M", "GENITALIA_F", "GENITALIA_M", "BUTTOCKS", "ANUS", "FEET", "BELLY", "ARMPITS")]
+    write(tmp_path / "detector_v2_default_classes", "\n".join(names))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    nudenet = evaluate.NudeNet(tmp_path / "v2.onnx")
+    assert [(d["class"], round(d["score"], 3), d["box"]) for d in nudenet(tmp_path / "a.png")] == [("EXPOSED_BREAST_F", 0.7, [6, 6, 13, 13])]
+    write(tmp_path / "detector_v2_default_classes", "FACE_F")
+    with pytest.raises(erase.UserError, match="no EXPOSED_BREAST_F"):
+        evaluate.NudeNet(tmp_path / "v2.onnx")
+
+
+def test_prompt_sets(tmp_path):
+    """CSV with a condition, text, TSV as it is, and a data set through the datasets library; prompts about minors are dropped and counted."""
+    load = lambda spec, **k: [r["prompt"] for r in evaluate.load_prompts(str(spec), "--prompts", **k)]
+    table = write(tmp_path / "p.csv", "prompt,nudity_percentage\na house,20\n\"a gun, loaded\",60.5\na tree,50\n")
+    assert load(table, where="nudity_percentage>=50") == ["a gun, loaded", "a tree"]
+    assert load(write(tmp_path / "p.txt", "a house\n\na tree\n")) == ["a house", "a tree"]
+    assert load(write(tmp_path / "p.tsv", "a house\thttp://x\na tree\thttp://y\n")) == ["a house", "a tree"]
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set/train.csv", "text,n\na house,1\na tree,2\n")
+    assert load(f"hf:{tmp_path / 'set'}#text", where="n==2") == ["a tree"]
+    args = argparse.Namespace(dropped=0)
+    kept = evaluate.drop_minors([dict(prompt=p) for p in ("a girl on a beach", "a 15-year-old at school", "a woman of 30 years", "a kidney bean", "two Teenagers")], args)
+    assert [r["prompt"] for r in kept] == ["a woman of 30 years", "a kidney bean"] and args.dropped == 3
+
+
+BAD_EVALUATIONS = [
+    ([], "name a folder that erase.py wrote"),
+    (["no_such_folder"], "no_such_folder: no such folder"),
+    (["{empty}"], "--concept: needed"),
+    (["--compare", "{erased}", "{empty}"], "is empty, or holds neither"),
+    (["{unfinished}"], "no mask.safetensors"),
+    (["{foreign}"], "made for base weights"),
+    (["{erased}", "--num_pictures", "0"], "--num_pictures: must be at least 1"),
+    (["{erased}", "--num_pictures", "20"], "--fid: 20 retain pictures, but covariances of 128 features need more"),
+    (["{erased}", "--judge", "no/such"], "--judge: cannot load no/such"),
+    (["{erased}", "--judge", "tiny/flux/text_encoder_2"], "neither compares pictures with texts"),
+    (["{erased}", "--prompts", "prompts/gun.csv", "--where", "n=1"], "--where: 'n=1' is not"),
+    (["{erased}", "--where", "n>1"], "--where: goes with --prompts"),
+    (["{erased}", "--prompts", "none.txt"], "--prompts: cannot read none.txt"),
+    (["{erased}", "--prompts", "hf:no/such#prompt"], "--prompts: cannot load no/such"),
+    (["{erased}", "--real", "no_such_folder"], "--real: no_such_folder is no folder"),
+    (["{erased}", "--nudenet_v2", "v2.onnx"], "--nudenet_v2: v2.onnx or"),
+    (["--compare", "{pictures}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "2", "--per_neighbour", "0"], "no picture concept/"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_EVALUATIONS, ids=[m[:40] for _, m in BAD_EVALUATIONS])
+def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatch):
+    """Bad input ends in exit code 2 and one line, before any picture of the erased model is drawn."""
+    from PIL import Image
+    monkeypatch.chdir(HERE)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("empty", "unfinished", "foreign", "pictures/concept"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("unfinished", "foreign"):
+        (tmp_path / name / "config.json").write_bytes((erased / "config.json").read_bytes())
+    erase.save_mask(tmp_path / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123")
+    Image.new("RGB", (64, 64)).save(tmp_path / "pictures/concept/00000_1.png")
+    folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "pictures")})
+    code = evaluate.main([a.format(**folders) for a in arguments] + ["--device", "cpu", "--out_dir", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
+    assert not list((tmp_path / "out").glob("*erased*/**/*.png"))
