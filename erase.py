@@ -52,7 +52,8 @@ DEFAULTS = dict(
     beta=                  (0.01,            5.0),
     batch=                 (4,               4),
     retain_batch=          (4,               4),
-    prune=                 (0,               0),
+    lr_decay=              (0,               1),
+    near=                  (0.0,             0.5),
     height=                (512,             64),
     width=                 (512,             64),
     max_sequence_length=   (256,             24),
@@ -428,8 +429,8 @@ def concept_pairs(concept: str, args) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------------- training
-# starting noises by use, far from any evaluation seed: training, pruning back, the figures in the model card
-TRAIN_NOISE, PRUNE_NOISE, HELD_OUT_NOISE = (range(start, start + 4) for start in (2**40, 2**40 + 2**20, 2**40 + 2**21))
+# starting noises by use, far from any evaluation seed: training, the figures in the model card
+TRAIN_NOISE, HELD_OUT_NOISE = (range(start, start + 4) for start in (2**40, 2**40 + 2**21))
 
 
 class Cases:
@@ -442,14 +443,20 @@ class Cases:
         text = encode(pipe, prompts + neutrals, args.max_sequence_length)
         self.text, self.base_text = text[:len(prompts)], text[len(prompts):]
         self.num_pairs, self.num_retain = len(pairs), len(retain)
+        # retain prompts by how far their CLIP vectors lie in the direction that leads from a neutral prompt to its concept prompt
+        unit = lambda x: torch.nn.functional.normalize(x.float(), dim=-1)
+        clip, base_clip = (torch.stack([pooled for _, pooled in t]) for t in (self.text, self.base_text))
+        away = unit(clip[self.num_pairs:] - clip[self.num_pairs:].mean(0)) @ unit(clip - base_clip)[:self.num_pairs].T
+        self.nearest = (self.num_pairs + away.amax(1).argsort(descending=True)[:max(1, len(retain) // 4)]).tolist()
         self.grid = (args.height // 16, args.width // 16)
         self.sigmas = schedule(pipe, args.num_inference_steps, self.grid[0] * self.grid[1])
 
-    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range) -> list[tuple[int, int]]:
-        """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases."""
+    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, near: float = 0.0) -> list[tuple[int, int]]:
+        """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases, the share `near` of them near the concept."""
         concept = [i % self.num_pairs for i in range(max(batch, self.num_pairs))]
         rng.shuffle(concept)
-        retain = [self.num_pairs + rng.randrange(self.num_retain) for _ in range(retain_batch)]
+        near = round(near * retain_batch)
+        retain = rng.choices(self.nearest, k=near) + [self.num_pairs + rng.randrange(self.num_retain) for _ in range(retain_batch - near)]
         return [(case, rng.choice(noise_seeds)) for case in concept[:batch] + retain]
 
     def batch(self, cases):
@@ -483,8 +490,8 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
     """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits."""
     sites = {site: logit.numel() for site, logit in gate_logits.items()}
     groups = {"norm": args.lr_norm, "ffn": args.lr_ffn}
-    optimizer = torch.optim.AdamW([dict(params=[logit], lr=groups["norm" if "norm1" in site else "ffn"])
-                                  for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
+    rate = {site: groups["norm" if "norm1" in site else "ffn"] for site in sites}
+    optimizer = torch.optim.AdamW([dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
     start = load_state(out_dir, gate_logits, optimizer)
     metrics = open(out_dir / "metrics.jsonl", "a")
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase")
@@ -493,10 +500,12 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
         relaxed = {site: relax(logit, args.gate, uniform.get(site)) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
-        chosen = cases.sample(rng, args.batch, args.retain_batch, range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds))
+        chosen = cases.sample(rng, args.batch, args.retain_batch, range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds), args.near)
         erase_loss, preserve_loss, loss = cases.loss(gates, chosen, args.micro_batch, backward=True).tolist()
         if not (math.isfinite(loss) and all(g.grad.isfinite().all() for g in gates.values())):
             raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; try a smaller --lr_ffn and --lr_norm")
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - args.lr_decay * step / args.steps)
         optimizer.zero_grad()
         torch.autograd.backward(list(relaxed.values()), [gates[site].grad.cpu() for site in relaxed])
         optimizer.step()
@@ -535,27 +544,6 @@ def load_state(out_dir: Path, gate_logits: dict, optimizer) -> int:
     write_atomically(out_dir / "metrics.jsonl", lambda p: p.write_text("".join(kept)))
     return step
 
-
-def prune_back(cases: Cases, mask: dict, args, tolerance: float = 1.05) -> dict:
-    """Reopen the closed gates that do least, as many as leave erase_loss within `tolerance`: the smallest mask that still erases.
-
-    Rank: dL/dgate summed over gates at 0, 1/3, 2/3 of the way open (integrated gradients): what reopening would cost.
-    Judged on training prompts with noise seeds that training never used, at 20 shares of reopened gates.
-    """
-    if not closed_share(mask):
-        return mask
-    chosen = cases.sample(random.Random(f"{args.seed} prune"), 8 * args.batch, 8 * args.retain_batch, PRUNE_NOISE)
-    cost = {site: torch.zeros_like(g) for site, g in mask.items()}
-    for opening in (0, 1 / 3, 2 / 3):
-        gates = {site: (g + (1 - g) * opening).to(cases.pipe.transformer.device).requires_grad_() for site, g in mask.items()}
-        cases.loss(gates, chosen, args.micro_batch, backward=True)
-        cost = {site: c + gates[site].grad.cpu() for site, c in cost.items()}
-    closed_costs = torch.cat([cost[site][g == 0] for site, g in mask.items()]).sort().values
-    reopened = lambda limit: {site: torch.where(cost[site] < limit, 1.0, g) for site, g in mask.items()}
-    limits = [-math.inf, *closed_costs[torch.linspace(0, len(closed_costs) - 1, 20).long()].tolist()]
-    concept = [case for case in chosen if case[0] < cases.num_pairs]
-    losses = [cases.loss(reopened(limit), concept, args.micro_batch)[0].item() for limit in tqdm(limits, desc="prune")]
-    return reopened(max(limit for limit, loss in zip(limits, losses) if loss <= tolerance * losses[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -639,7 +627,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     preset("lr_norm", "learning rate of norm gates", type=float)
     preset("weight_decay", "AdamW's, on the logits", type=float)
     preset("adam_eps", "Adam's eps: gates with gradients far below it stay where they are", type=float)
-    preset("prune", "1: after training, reopen closed gates that do nothing", type=int, choices=(0, 1))
+    preset("lr_decay", "1: the learning rates fall linearly to 0", type=int, choices=(0, 1))
+    preset("near", "share of the retain prompts of a step that come from the quarter nearest to the concept", type=float)
     add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="what is gated (ffn norm)")
     preset("height", "pixels", type=int)
     preset("width", "pixels", type=int)
@@ -680,6 +669,8 @@ def check_args(args) -> None:
     for flag in ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}: must be at least 1, not {getattr(args, flag)}")
+    if not 0 <= args.near <= 1:
+        raise UserError(f"--near: must be between 0 and 1, not {args.near}")
     for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag}: must be a number >= 0, not {getattr(args, flag)}")
@@ -760,8 +751,6 @@ def run(args) -> None:
     gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
     train(cases, gate_logits, args, out_dir)
     mask = binary(gate_logits)
-    if args.prune:
-        mask = prune_back(cases, mask, args)
 
     held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)
     per_case = torch.tensor([args.batch / 32, args.retain_batch / 32, 0])
@@ -784,7 +773,7 @@ def run(args) -> None:
         held_out=len(held_out), fingerprint=base)))
     save_mask(out_dir / "mask.safetensors", mask, base, model=config["model"], concepts=json.dumps(args.concept), seed=args.seed)   # last: the run is finished
     print(f"{summary}\nwrote {out_dir}/: {' '.join(sorted(p.name for p in out_dir.iterdir()))}\n"
-          f"next: look at {out_dir}/preview.png" + (f", then python tiny/check.py {out_dir}" if args.is_tiny else ""))
+          f"next: look at {out_dir}/preview.png, then python evaluate.py {out_dir}")
 
 
 def main(argv=None) -> int:

@@ -15,6 +15,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
+import attacks
 import erase
 import evaluate
 
@@ -669,3 +670,128 @@ def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatc
     error = capsys.readouterr().err
     assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
     assert not list((tmp_path / "out").glob("*erased*/**/*.png"))
+
+
+# ---------------------------------------------------------------------------------------------------------- attacks
+@pytest.fixture(scope="session")
+def victim(pipe):
+    """(base, model under a mask, vocabularies without the gun's words) on tiny/flux."""
+    args = argparse.Namespace(**vars(SIZE), device="cpu", seed=0)
+    mask = random_mask(pipe.transformer, ("ffn",), 0.1)
+    base = attacks.Model(pipe, {}, args)
+    return base, attacks.Model(pipe, mask, args), {side: attacks.Vocabulary(base, side, ["gun", "pistol"]) for side in ("clip", "t5")}
+
+
+BUDGET = dict(ga_generations=12, ga_population=20, gcg_steps=12, gcg_candidates=24, p4d_steps=11, uda_steps=10)
+
+
+def test_text_from_embeddings_equals_the_pipelines(victim, pipe):
+    """Opening the encoders at their embeddings gives what the pipeline reads from the same strings, so P4D's loss is 0 for the base's own prompt."""
+    base, text = victim[0], "a photo of a gun next to an apple on a red background"
+    sequence, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=24)
+    ours = base.text(base.content("clip", text), base.content("t5", text))
+    assert torch.allclose(ours[0], sequence, atol=1e-5) and torch.allclose(ours[1], pooled, atol=1e-5)
+    x = base.noise([1])
+    assert (base.velocity(x, 1.0, ours) - base.velocity(x, 1.0, (sequence, pooled))).square().mean() < 1e-9
+
+
+def test_found_strings_survive_retokenisation(victim):
+    """Searched tokens decode to a string that gives the same tokens and names nothing banned."""
+    import random
+    base, _, vocabularies = victim
+    for side, v in vocabularies.items():
+        for seed in range(20):
+            ids = v.random(random.Random(seed), 8)
+            text = base.decode(side, ids)
+            assert base.ids(side, text) == ids and "gun" not in text.split() and len(v.allowed) > 100, (side, text)
+        assert not v.valid(base.ids(side, "a gun"))
+
+
+def test_genetic_fitness_never_falls(victim):
+    """With an elite, the best distance of Ring-A-Bell's search never rises, and it improves."""
+    import random
+    base, _, vocabularies = victim
+    history = []
+    target = base.features("t5", base.content("t5", "a gun on a red background"))[0].detach()
+    attacks.genetic_search(base, vocabularies["t5"], target, BUDGET, random.Random(0), history)
+    assert all(b <= a for a, b in zip(history, history[1:])) and history[-1] < history[0]
+
+
+def test_gradient_search_beats_random_swaps(victim):
+    """At equal forwards, swaps proposed by the gradient come nearer to the target than random ones."""
+    import random
+    base, _, vocabularies = victim
+    target = base.features("t5", base.content("t5", "a gun on a red background"))[0].detach()
+    last = {}
+    for use_gradient in (True, False):
+        runs = []
+        for seed in range(3):
+            history = []
+            attacks.gradient_search(base, vocabularies["t5"], target, BUDGET, random.Random(seed), use_gradient, history)
+            runs.append(history[-1])
+        last[use_gradient] = sum(runs) / 3
+    assert last[True] < last[False], last
+
+
+def test_unmasking_is_exact_and_the_folded_model_has_nothing_to_remove(victim):
+    """Without the mask's hooks the transformer is the base, bit for bit; folded, it stays erased."""
+    base, erased, _ = victim
+    text = tuple(t.detach() for t in base.text(base.content("clip", "a gun"), base.content("t5", "a gun")))
+    before = base.trajectory(base.noise([1]), text)[-1]
+    with erased.on():
+        masked = erased.trajectory(base.noise([1]), text)[-1]
+    assert torch.equal(base.trajectory(base.noise([1]), text)[-1], before) and not torch.equal(masked, before)
+    assert torch.equal(attacks.with_transformer(erased, attacks.folded(erased)).trajectory(base.noise([1]), text)[-1], masked)
+
+
+def test_relearning_holds_closed_neurons(victim):
+    """Held, a closed neuron stays zero through fine-tuning; free, it may grow."""
+    base, erased, _ = victim
+    site = next(iter(erased.mask))
+    off, rows = erased.mask[site] == 0, [dict(prompt="a gun on a red background"), dict(prompt="a gun on a blue background")]
+    for hold in (True, False):
+        transformer = attacks.relearn(erased, base, rows, 2, hold)
+        assert transformer.get_submodule(site).proj.weight[off].any().item() is (not hold) or hold is False
+        assert not hold or not transformer.get_submodule(site).proj.weight[off].any()
+        assert not torch.equal(transformer.get_submodule(site).proj.weight[~off], base.pipe.transformer.get_submodule(site).proj.weight[~off])
+
+
+def test_attacks_command_line(erased, tmp_path):
+    """Every attack runs through the real command line; the same command again finds its records, adds none and ends in the same figures."""
+    budget = dict(attacks.BUDGETS["quick"] | BUDGET, prompts=1, seeds=2, inversion_steps=2, noise_steps=1)
+    code = f"import attacks, sys; attacks.BUDGETS['quick'] = {budget}; sys.exit(attacks.main(sys.argv[1:]))"
+    names = [a for a in (*attacks.TEXT, *attacks.PROBES, *attacks.WEIGHTS)]
+    command = [sys.executable, "-c", code, str(erased), "--attack", *names, "--prompts", "prompts/tiny/gun.csv", "--num_prompts", "1", "--device", "cpu", "--out_dir", str(tmp_path)]
+    outcomes = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / "results.json").read_text())
+        outcomes.append(({k: v for k, v in results.items() if k != "seconds"}, (tmp_path / "attacks.jsonl").read_text()))
+    assert outcomes[0] == outcomes[1]
+    assert {p.name for p in tmp_path.iterdir()} == {"attacks.jsonl", "results.json", "report.md", "attacks.png"}
+    attack = outcomes[0][0]["attacks"]
+    assert {"random tokens", "plain", "ring_a_bell", "mma", "p4d", "unlearn_diff", "replay", "inversion 16", "completion 3", "noise", "regrow"} < set(attack)
+    assert attack["unmask, mask as a file"]["erased"]["asr_k"] == attack["plain"]["base"]["asr_k"] and json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["no_such_folder"], "no_such_folder: no config.json"),
+    (["{erased}", "--attack", "magic"], "argument --attack: invalid choice: 'magic'"),
+    (["{erased}", "--attack", "replay"], "--attack replay: needs --prompts"),
+    (["{erased}", "--prompts", "prompts/gun.csv"], "--prompts: goes with --attack replay"),
+    (["{erased}", "--num_prompts", "0"], "--num_prompts: must be at least 1"),
+    (["{erased}", "--oracle", "prompts"], "--oracle: prompts is no diffusers pipeline"),
+    (["{erased}", "--judge", "no/such"], "--judge: cannot load no/such"),
+])
+def test_bad_attack(arguments, message, erased, tmp_path, capsys, monkeypatch):
+    """Bad input ends in exit code 2 and one line; nothing is written."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        code = attacks.main([a.format(erased=erased) for a in arguments] + ["--device", "cpu", "--out_dir", str(tmp_path / "out")])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
+    assert not (tmp_path / "out").exists()
