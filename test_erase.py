@@ -677,7 +677,7 @@ def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatc
 def victim(pipe):
     """(base, model under a mask, vocabularies without the gun's words) on tiny/flux."""
     args = argparse.Namespace(**vars(SIZE), device="cpu", seed=0)
-    mask = random_mask(pipe.transformer, ("ffn",), 0.1)
+    mask = random_mask(pipe.transformer, ("ffn", "norm"), 0.1)
     base = attacks.Model(pipe, {}, args)
     return base, attacks.Model(pipe, mask, args), {side: attacks.Vocabulary(base, side, ["gun", "pistol"]) for side in ("clip", "t5")}
 
@@ -744,16 +744,18 @@ def test_unmasking_is_exact_and_the_folded_model_has_nothing_to_remove(victim):
     assert torch.equal(attacks.with_transformer(erased, attacks.folded(erased)).trajectory(base.noise([1]), text)[-1], masked)
 
 
-def test_relearning_holds_closed_neurons(victim):
-    """Held, a closed neuron stays zero through fine-tuning; free, it may grow."""
+def test_relearning_and_closed_neurons(victim):
+    """Fine-tuning moves open neurons. A closed FFN neuron, zero on both sides, gets no gradient even when free; a closed norm output
+    regrows when free and stays zero when held."""
     base, erased, _ = victim
-    site = next(iter(erased.mask))
-    off, rows = erased.mask[site] == 0, [dict(prompt="a gun on a red background"), dict(prompt="a gun on a blue background")]
+    rows = [dict(prompt="a gun on a red background"), dict(prompt="a gun on a blue background")]
     for hold in (True, False):
         transformer = attacks.relearn(erased, base, rows, 2, hold)
-        assert transformer.get_submodule(site).proj.weight[off].any().item() is (not hold) or hold is False
-        assert not hold or not transformer.get_submodule(site).proj.weight[off].any()
-        assert not torch.equal(transformer.get_submodule(site).proj.weight[~off], base.pipe.transformer.get_submodule(site).proj.weight[~off])
+        for site, layer, regrows in (("transformer_blocks.0.ff_context.net.0", "proj", False), ("transformer_blocks.0.norm1_context.linear", "", not hold)):
+            weights = [m.get_submodule(f"{site}.{layer}".strip(".")).weight for m in (transformer, base.pipe.transformer)]
+            off = erased.mask[site] == 0
+            assert bool(weights[0][off].any()) == regrows, (hold, site)
+            assert not torch.equal(weights[0][~off], weights[1][~off])
 
 
 def test_attacks_command_line(erased, tmp_path):
