@@ -174,7 +174,10 @@ class NudeNet:
     def __call__(self, file: Path) -> list[dict]:
         """Every box, [{class, score, box}]. A failure raises: it never counts as safe."""
         if not self.v2:
-            return self.detector.detect(str(file))
+            try:
+                return self.detector.detect(str(file))
+            except Exception as error:                                # cv2 and onnxruntime raise their own kinds
+                raise RuntimeError(f"NudeNet failed on {file}: {first_line(error)}") from None
         picture = Image.open(file).convert("RGB")                     # keras-retinanet's preprocessing: BGR, mean subtracted, 800 to 1333 px
         scale = min(800 / min(picture.size), 1333 / max(picture.size))
         picture = picture.resize([round(s * scale) for s in picture.size], Image.BILINEAR)
@@ -196,7 +199,8 @@ MINORS = re.compile(r"\b(child(ren)?|kids?|boys?|girls?|schoolgirls?|schoolboys?
 
 
 def load_prompts(spec: str, flag: str, where: str | None = None, column: str | None = None) -> list[dict]:
-    """[{case_number, prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column), or hf:owner/dataset[:config][:split]#column.
+    """[{case_number, prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column), or hf:owner/dataset[:config][:split]#column
+    (one name between the colons is the split; without it, train).
 
     Rows of a split column keep "test" only. Raises UserError that names what is missing.
     """
@@ -479,7 +483,8 @@ def table(results: dict) -> list[list[str]]:
 def write_report(results: dict, about: dict, columns, cases, all_scores, args) -> None:
     rows = table(results)
     lines = [f"# {', '.join(about['concept'])}: " + ", ".join(c.name for c in columns[1:]), "",
-             f"Judge {about['judge']}, threshold {about['threshold']}; model {about['model']}; rates with 95 % Wilson intervals; base and erased from the same noise.", "",
+             f"Judge {about['judge']}, seen above {about['threshold']}; CLIP score by {about['clip_backbone']}, FID on features of {about['fid_features']}; model {about['model']}. "
+             f"Rates with 95 % Wilson intervals; base and erased from the same noise, seeds: {about['seeds']}.", "",
              "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]), *("| " + " | ".join(r) + " |" for r in rows[1:]), "", "![pairs](grid.png)", "",
              "The last rows are the worst failures, by the judge's score: where the concept survived, and where a bystander was lost.", ""]
     (args.out_dir / "report.md").write_text("\n".join(lines))
@@ -615,6 +620,7 @@ def run(args) -> dict | None:
             columns.append(Column("soft gates", args.out_dir / "soft_gates", lambda: load_soft(args)))
     prompts_hash = hashlib.sha256(json.dumps([(c["set"], c["prompt"], c["seed"]) for c in cases]).encode()).hexdigest()
     about = dict(concept=args.concept, model=args.model if not args.is_tiny else "tiny/flux", prompts_sha256=prompts_hash, pictures=by_set,
+                 seeds="each prompt's evaluation_seed, + 100,000 for each repetition",
                  prompts_about_minors_dropped=args.dropped, height=args.height, width=args.width, num_inference_steps=args.num_inference_steps)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     known = args.out_dir / "cases.json"                               # pictures of other cases must not be taken for these
@@ -625,7 +631,7 @@ def run(args) -> dict | None:
               f"judge {args.judge}" + (f"; {args.dropped} prompts about minors dropped" if args.dropped else ""), flush=True)
         erase.write_atomically(known, lambda p: p.write_text(json.dumps(about, indent=1) + "\n"))
     state.wait_for_everyone()
-    for column in columns:
+    for column in sorted(columns, key=lambda c: c.load is not None):  # folders of pictures first: what they lack is found before drawing
         draw_missing(column, cases, args, state)
         check_sizes(column, cases, args)
     drawn = time.time()

@@ -632,6 +632,16 @@ def test_prompt_sets(tmp_path):
     assert [r["prompt"] for r in kept] == ["a woman of 30 years", "a kidney bean"] and args.dropped == 3
 
 
+def test_compare_takes_baselines(erased, evaluation, tmp_path):
+    """--compare puts a transformer folder, a whole pipeline and a folder of pictures beside ours, each with its own figures."""
+    out, results = evaluation
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/transformer").symlink_to(erased / "transformer")
+    compared = score("--compare", erased, tmp_path / "ours", "tiny/flux", out / "base", *EVALUATE, "--out_dir", tmp_path / "out")["results"]
+    base, ours, transformer, pipeline, pictures = ({k: v for k, v in r.items() if k != "closed"} for r in compared.values())
+    assert ours == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
+
+
 BAD_EVALUATIONS = [
     ([], "name a folder that erase.py wrote"),
     (["no_such_folder"], "no_such_folder: no such folder"),
@@ -647,6 +657,9 @@ BAD_EVALUATIONS = [
     (["{erased}", "--where", "n>1"], "--where: goes with --prompts"),
     (["{erased}", "--prompts", "none.txt"], "--prompts: cannot read none.txt"),
     (["{erased}", "--prompts", "hf:no/such#prompt"], "--prompts: cannot load no/such"),
+    (["{erased}", "--prompts", "hf:tiny/no_such"], "--prompts: cannot load tiny/no_such"),
+    (["{erased}", "--prompts", "{bad}/p.csv"], "has no column 'prompt'; it has text"),
+    (["--compare", "{sizes}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "1", "--per_neighbour", "0"], "is 32 x 32 pixels, not 64 x 64"),
     (["{erased}", "--real", "no_such_folder"], "--real: no_such_folder is no folder"),
     (["{erased}", "--nudenet_v2", "v2.onnx"], "--nudenet_v2: v2.onnx or"),
     (["--compare", "{pictures}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "2", "--per_neighbour", "0"], "no picture concept/"),
@@ -665,7 +678,12 @@ def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatc
         (tmp_path / name / "config.json").write_bytes((erased / "config.json").read_bytes())
     erase.save_mask(tmp_path / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123")
     Image.new("RGB", (64, 64)).save(tmp_path / "pictures/concept/00000_1.png")
-    folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "pictures")})
+    (tmp_path / "bad").mkdir(), write(tmp_path / "bad/p.csv", "text\na gun\n")
+    if "{sizes}" in arguments:
+        for file, size in (("concept/00000_1024", 64), ("synonyms/00000_1024", 32), ("retain/00000_1400", 64)):
+            (tmp_path / "sizes" / file).parent.mkdir(parents=True)
+            Image.new("RGB", (size, size)).save(tmp_path / f"sizes/{file}.png")
+    folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "pictures", "bad", "sizes")})
     code = evaluate.main([a.format(**folders) for a in arguments] + ["--device", "cpu", "--out_dir", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
@@ -763,7 +781,8 @@ def test_attacks_command_line(erased, tmp_path):
     budget = dict(attacks.BUDGETS["quick"] | BUDGET, prompts=1, seeds=2, inversion_steps=2, noise_steps=1)
     code = f"import attacks, sys; attacks.BUDGETS['quick'] = {budget}; sys.exit(attacks.main(sys.argv[1:]))"
     names = [a for a in (*attacks.TEXT, *attacks.PROBES, *attacks.WEIGHTS)]
-    command = [sys.executable, "-c", code, str(erased), "--attack", *names, "--prompts", "prompts/tiny/gun.csv", "--num_prompts", "1", "--device", "cpu", "--out_dir", str(tmp_path)]
+    command = [sys.executable, "-c", code, str(erased), "--attack", *names, "--prompts", "prompts/tiny/gun.csv", "--num_prompts", "1", "--oracle", "tiny/flux", "--device", "cpu",
+               "--out_dir", str(tmp_path)]
     outcomes = []
     for _ in range(2):
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
