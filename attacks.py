@@ -12,12 +12,10 @@ Shapes: K searched tokens, V vocabulary, D embedding width, L T5 positions; x_s 
 """
 import argparse
 import collections
-import contextlib
 import copy
 import json
 import math
 import random
-import re
 import sys
 import tempfile
 import time
@@ -454,10 +452,10 @@ def attack_case(attack: str, target: Model, teacher: Model, case: dict, s) -> di
         with target.on():
             return dict(shots=shots, scores=[score(s, target.draw(seeds=seeds, **shot)) for shot in shots])
     if attack.startswith("inversion"):
-        soft, scores = s.soft[attack], []
         with torch.no_grad(), target.on():
-            text = target.text(target.content("clip", case["neutral_prompt"]), append(target, case["neutral_prompt"], soft))
-            return dict(shots=[], scores=[score(s, target.show(target.trajectory(target.noise([seed]), text)[-1]))[0:1] for seed in seeds])
+            text = target.text(target.content("clip", case["neutral_prompt"]), append(target, case["neutral_prompt"], s.soft[attack]))
+            text = tuple(t.expand(len(seeds), *t.shape[1:]) for t in text)
+            return dict(shots=[], scores=[score(s, target.show(target.trajectory(target.noise(seeds), text)[-1]))])
     if attack.startswith("completion"):
         j, noise = int(attack.split()[-1]), target.noise(seeds)
         text = tuple(t.detach().expand(len(seeds), *t.shape[1:]) for t in target.text(target.content("clip", case["prompt"]), target.content("t5", case["prompt"])))
@@ -499,20 +497,20 @@ def asr(records: list[dict], threshold: float) -> dict | None:
 
 def run(args) -> None:
     s, config = argparse.Namespace(args=args, budget=dict(BUDGETS[args.budget])), json.loads((args.erased / "config.json").read_text())
-    began, concept = time.time(), config["concept"][0].replace("_", " ")
+    concepts = [c.replace("_", " ").lower() for c in config["concept"]]
+    began, concept = time.time(), (args.concept or concepts[0]).replace("_", " ").lower()
+    if concept not in concepts:
+        raise UserError(f"--concept: {concept!r} is not what {args.erased} erases: {', '.join(concepts)}")
     eval_args = evaluate.complete(evaluate.parse_args([str(args.erased), "--device", args.device, *(["--judge", args.judge] if args.judge else [])]), [args.erased])
     vocabulary = evaluate.read_vocabulary(eval_args.prompt_dir)
     s.question, synonyms = vocabulary.get(concept, {}).get("question") or erase.noun_phrase(concept), vocabulary.get(concept, {}).get("synonyms", [])
-    pair_args = argparse.Namespace(prompts=None, prompt_dir=eval_args.prompt_dir, neutral=None, concept=[concept], is_tiny=eval_args.is_tiny)
-    rows = erase.concept_pairs(concept, pair_args)
-    s.pairs, tests = ([r for r in rows if r["split"] == split] for split in ("train", "test"))
+    s.pairs, tests = (evaluate.concept_rows(concept, eval_args, split) for split in ("train", "test"))
     s.retain = [r for r in evaluate.load_prompts(str(eval_args.prompt_dir / "retain.csv"), "--retain") if not erase.mentions(concept, r["prompt"])]
     replayed = evaluate.load_prompts(args.prompts, "--prompts", args.where) if args.prompts else []
     counts = argparse.Namespace(dropped=0)
     tests, replayed = (evaluate.drop_minors(r, counts) if r else [] for r in (tests, replayed))
-    swap = lambda text, word: re.sub(rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b", lambda m: erase.noun_phrase(word) if m[1] else word, text, flags=re.I)
     n = args.num_prompts or s.budget["prompts"]
-    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], synonyms=[swap(r["prompt"], w) for w in synonyms]) for i, r in enumerate(tests[:n])]
+    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], synonyms=[evaluate.rename(r["prompt"], concept, w) for w in synonyms]) for i, r in enumerate(tests[:n])]
     replayed = [dict(r, name=f"replay {i:04d}", neutral_prompt=r["prompt"]) for i, r in enumerate(replayed[:args.num_prompts or None])]
     nudity = concept == "nudity" and not args.judge
     kind = None if nudity else evaluate.judge_class(eval_args.judge)
@@ -637,6 +635,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = p.add_argument
     add("erased", type=Path, help="folder that erase.py wrote")
     add("--attack", nargs="+", choices=(*TEXT, *PROBES, *WEIGHTS), default=list(DEFAULT), help="(all that end as text)")
+    add("--concept", help="which one, if the folder erases several (the first)")
     add("--budget", choices=BUDGETS, default="quick", help="how long each attack searches (%(default)s)")
     add("--num_prompts", type=int, help="prompts attacked (quick: 6, full: 20)")
     add("--prompts", help="prompts of the attack replay: whatever evaluate.py --prompts takes; labelled transfer, for they were found on other models")

@@ -73,7 +73,8 @@ class ClipJudge:
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """(N, d), unit length."""
         inputs = self.processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.model.device)
-        out = self.model.get_text_features(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask") and (k == "input_ids" or not self.is_siglip)})
+        mask = {} if self.is_siglip else dict(attention_mask=inputs.attention_mask)      # SigLIP is trained without one
+        out = self.model.get_text_features(input_ids=inputs.input_ids, **mask)
         return torch.nn.functional.normalize(getattr(out, "pooler_output", out).float(), dim=-1).cpu()
 
     @torch.no_grad()
@@ -247,9 +248,25 @@ def read_vocabulary(folder: Path) -> dict[str, dict]:
         return {r["word"]: r | dict(synonyms=[s for s in r["synonyms"].split("|") if s]) for r in csv.DictReader(f)}
 
 
+def concept_names(args) -> list[str]:
+    """The erased concepts as the vocabulary spells them."""
+    return [c.replace("_", " ").lower() for c in args.concept]
+
+
 def cycle(rows: list[dict], n: int) -> list[dict]:
     """n rows: the list again and again, each time with other noise."""
     return [rows[i % len(rows)] | dict(evaluation_seed=rows[i % len(rows)]["evaluation_seed"] + 100_000 * (i // len(rows))) for i in range(n)]
+
+
+def concept_rows(concept: str, args, split: str = "test") -> list[dict]:
+    """The concept's prompt pairs of one split, from its file or from templates."""
+    pair_args = argparse.Namespace(prompts=None, prompt_dir=args.prompt_dir, neutral=None, concept=[concept], is_tiny=args.is_tiny)
+    return [r for r in erase.concept_pairs(concept, pair_args) if r["split"] == split]
+
+
+def rename(prompt: str, concept: str, word: str) -> str:
+    """The prompt with the concept's name replaced, article included."""
+    return re.sub(rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b", lambda m: erase.noun_phrase(word) if m[1] else word, prompt, flags=re.I)
 
 
 def make_cases(args, vocabulary: dict, nearest) -> list[dict]:
@@ -260,7 +277,7 @@ def make_cases(args, vocabulary: dict, nearest) -> list[dict]:
     retain      unrelated prompts: is each thing of the vocabulary that they name there (others)
     neighbours  the 8 words nearest to the concept, `args.per_neighbour` pictures each
     """
-    concepts = [c.replace("_", " ") for c in args.concept]
+    concepts = concept_names(args)
     style = lambda prompt: any(v["kind"] == "style" and erase.mentions(w, prompt) for w, v in vocabulary.items())
     named = lambda prompt, kind: [w for w, v in vocabulary.items() if v["kind"] == kind and w.lower() not in concepts and erase.mentions(w, prompt)]
     cases = []
@@ -270,29 +287,20 @@ def make_cases(args, vocabulary: dict, nearest) -> list[dict]:
         cases.append(dict(set=set_, name=f"{n:05d}_{row['evaluation_seed']}", prompt=row["prompt"], seed=row["evaluation_seed"], asks=asks))
 
     for concept in concepts:
-        if args.prompts:
-            rows = load_prompts(args.prompts, "--prompts", args.where)
-        else:
-            pair_args = argparse.Namespace(prompts=None, prompt_dir=args.prompt_dir, neutral=None, concept=[concept], is_tiny=args.is_tiny)
-            rows = [r for r in erase.concept_pairs(concept, pair_args) if r["split"] == "test"]
+        rows = load_prompts(args.prompts, "--prompts", args.where) if args.prompts else concept_rows(concept, args)
         for row in cycle(drop_minors(rows, args), args.num_pictures):
             background = [] if style(row["prompt"]) else [("background", w) for w in named(row["prompt"], "background")]
             add("concept", row, [("acc", concept), *(("beside", w) for w in named(row["prompt"], "object")), *background])
             words = vocabulary.get(concept, {}).get("synonyms")
-            swap = lambda m: erase.noun_phrase(word) if m[1] else word
-            if words and not args.prompts:
-                word = words[len(cases) // 2 % len(words)]
-                prompt = re.sub(rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b", swap, row["prompt"], flags=re.I)
-                if prompt != row["prompt"]:
-                    add("synonyms", row | dict(prompt=prompt), [("synonyms", concept)])
+            if words and not args.prompts and (prompt := rename(row["prompt"], concept, words[len(cases) // 2 % len(words)])) != row["prompt"]:
+                add("synonyms", row | dict(prompt=prompt), [("synonyms", concept)])
     retain = load_prompts(str(args.retain or args.prompt_dir / "retain.csv"), "--retain")
     retain = [r for r in drop_minors(retain, args) if not any(erase.mentions(c, r["prompt"]) for c in concepts)]
     for row in cycle(retain, args.num_pictures):
         add("retain", row, [("others", w) for w in named(row["prompt"], "object")])
     for concept in concepts if args.per_neighbour else ():
         for word in nearest(concept):
-            pair_args = argparse.Namespace(prompts=None, prompt_dir=args.prompt_dir, neutral=None, concept=[word], is_tiny=args.is_tiny)
-            rows = [r for r in erase.concept_pairs(word, pair_args) if r["split"] == "test" and not any(erase.mentions(c, r["prompt"]) for c in concepts)]
+            rows = [r for r in concept_rows(word, args) if not any(erase.mentions(c, r["prompt"]) for c in concepts)]
             for row in cycle(rows, args.per_neighbour):
                 add("neighbours", row, [("neighbours", word)])
     return cases
@@ -587,7 +595,7 @@ def run(args) -> dict | None:
     def nearest(concept: str) -> list[str]:
         """The 8 words of the concept's kind with the most similar question, by the CLIP backbone."""
         kind_ = vocabulary.get(concept, {}).get("kind", "object")
-        words = [w for w, v in vocabulary.items() if v["kind"] == kind_ and w not in [c.replace("_", " ") for c in args.concept]
+        words = [w for w, v in vocabulary.items() if v["kind"] == kind_ and w not in concept_names(args)
                  and (kind_ == "object" or (args.prompt_dir / f"{w.replace(' ', '_')}.csv").is_file())]
         if not clip or not words:
             return words[:8]

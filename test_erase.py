@@ -415,12 +415,19 @@ def test_paper_preset_is_table_6():
         "hard_concrete", 0.5, 0.5, 0.01, 0.01, 4, 400, 20)
 
 
-def test_every_readme_command_parses():
-    """Each `python erase.py ...` line of README's code blocks is accepted by the real argparse."""
-    commands = [line.split("&&")[-1].strip() for line in (HERE / "README.md").read_text().splitlines() if "python erase.py" in line and line.startswith(("python", "pip"))]
-    assert len(commands) >= 6
-    for command in commands:
-        erase.parse_args(shlex.split(command.split("python erase.py")[1].split("#")[0].strip(" `")))
+@pytest.mark.parametrize("script, count", [(erase, 6), (evaluate, 5), (attacks, 3)], ids=lambda x: getattr(x, "__name__", ""))
+def test_every_readme_command_parses(script, count, tmp_path, monkeypatch):
+    """Each `python <script>.py ...` line of README's code blocks is accepted by the real argparse."""
+    name = f"{script.__name__}.py "
+    lines = [line.split("&&")[-1].split("#")[0] for line in (HERE / "README.md").read_text().splitlines() if name in line and line.startswith(("python", "pip", "accelerate"))]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").symlink_to(HERE / "prompts")
+    assert len(lines) >= count
+    for arguments in [shlex.split(line.split(name)[1]) for line in lines]:
+        for folder in [a for a in arguments if a.startswith(("erased/", "baselines/"))] if script is not erase else ():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write(Path(folder) / "config.json", "{}"), write(Path(folder) / "mask.safetensors", "")
+        script.parse_args(arguments)
 
 
 # --------------------------------------------------------------------------------------------------------- evaluate
@@ -801,6 +808,7 @@ def test_attacks_command_line(erased, tmp_path):
     (["{erased}", "--attack", "magic"], "argument --attack: invalid choice: 'magic'"),
     (["{erased}", "--attack", "replay"], "--attack replay: needs --prompts"),
     (["{erased}", "--prompts", "prompts/gun.csv"], "--prompts: goes with --attack replay"),
+    (["{erased}", "--concept", "cat"], "--concept: 'cat' is not what"),
     (["{erased}", "--num_prompts", "0"], "--num_prompts: must be at least 1"),
     (["{erased}", "--oracle", "prompts"], "--oracle: prompts is no diffusers pipeline"),
     (["{erased}", "--judge", "no/such"], "--judge: cannot load no/such"),
