@@ -241,22 +241,35 @@ def objective(final, target, is_concept, args):
 
 
 # --------------------------------------------------------------------------------------------------------- backward
-def rollout_backward(transformer, noise, text, sigmas, grid, loss_of_final):
-    """loss_of_final(rollout(...)[-1]), adding its gradient to everything the gates hang on, at the memory of one sampling step.
+def rollout_backward(transformer, noise, text, sigmas, grid, loss_of_final, checkpoint: str = "step"):
+    """loss_of_final(rollout(...)[-1]), adding its gradient to everything the gates hang on.
 
-    One rollout without gradients keeps the latents between steps; then, last step first, each step is recomputed and one
-    backward gives the gates' gradient and the latents' together. test_stepwise_backward_equals_autograd proves it exact.
+    step    3 passes a sampling step at the memory of one: a rollout without gradients keeps the latents between steps; then, last step
+            first, each step is recomputed and one backward gives the gates' gradient and the latents' together
+    block   the same, and inside a step each block is recomputed too: 4 passes at the memory of one block
+    none    plain autograd: 2 passes, memory grows with the number of steps
+    test_stepwise_backward_equals_autograd proves them equal.
     """
+    if checkpoint == "none":
+        final = noise
+        for s, s_next in zip(sigmas, sigmas[1:]):
+            final = euler(transformer, final, s, s_next, text, grid)
+        loss = loss_of_final(final)
+        loss.backward()
+        return loss.detach(), final.detach()
     trajectory = rollout(transformer, noise, text, sigmas, grid)
     final = trajectory[-1].requires_grad_()
     loss = loss_of_final(final)
     gradient, = torch.autograd.grad(loss, final)
     for i in reversed(range(len(sigmas) - 1)):
         x = trajectory[i].detach().requires_grad_(i > 0)           # nothing upstream of the noise needs a gradient
+        if checkpoint == "block":
+            transformer.enable_gradient_checkpointing()
         with torch.enable_grad():
             x_next = euler(transformer, x, sigmas[i], sigmas[i + 1], text, grid)
         x_next.backward(gradient)
         gradient = x.grad
+    transformer.disable_gradient_checkpointing()
     return loss.detach(), final.detach()
 
 
@@ -479,7 +492,7 @@ class Cases:
             with gated(self.pipe.transformer, gates):
                 if backward:
                     loss_of_final = lambda final: objective(final, target, is_concept, self.args)[2]
-                    _, final = rollout_backward(self.pipe.transformer, noise, text, self.sigmas, self.grid, loss_of_final)
+                    _, final = rollout_backward(self.pipe.transformer, noise, text, self.sigmas, self.grid, loss_of_final, self.args.checkpoint)
                 else:
                     final = rollout(self.pipe.transformer, noise, text, self.sigmas, self.grid)[-1]
             totals += torch.stack(objective(final, target, is_concept, self.args)).cpu()
@@ -639,6 +652,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--num_prompts", type=int, default=20, help="training pairs per concept (%(default)s)")
     add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
     add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
+    add("--checkpoint", choices=("step", "block", "none"), help="what the backward recomputes: sampling steps, their blocks too, or nothing (tiny: none, else step)")
     add("--seed", type=int, default=0)
     add("--out_dir", type=Path, help="(erased/<concept>)")
     add("--save", choices=("full", "mask"), default="full", help="mask: no transformer folder, which is 24 GB for FLUX (%(default)s)")
@@ -659,6 +673,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, values[PRESETS.index(column)])
     if args.micro_batch is None:
         args.micro_batch = args.batch + args.retain_batch if args.is_tiny else 1
+    args.checkpoint = args.checkpoint or ("none" if args.is_tiny else "step")
     args.prompt_dir = HERE / "prompts/tiny" if args.is_tiny else HERE / "prompts"
     args.out_dir = args.out_dir or Path("erased") / "_".join(re.sub(r"\W+", "_", c.lower()) for c in args.concept)
     return args

@@ -169,9 +169,9 @@ def test_a_picture_does_not_depend_on_its_batch(pipe):
 
 
 # --------------------------------------------------------------------------------------------------------- backward
-@pytest.mark.parametrize("steps", [1, 2, 4, 7])
-def test_stepwise_backward_equals_autograd(steps, transformer, inputs):
-    """Loss and gate gradients of the step-wise backward are those of plain autograd through the whole rollout."""
+@pytest.mark.parametrize("checkpoint, steps", [("step", 1), ("step", 2), ("step", 4), ("step", 7), ("block", 4), ("none", 4)])
+def test_stepwise_backward_equals_autograd(checkpoint, steps, transformer, inputs):
+    """Loss and gate gradients of the step-wise backward, with blocks checkpointed or not, are those of plain autograd through the whole rollout."""
     noise, text, grid = inputs
     target = torch.randn(noise.shape, generator=torch.Generator().manual_seed(3))
     loss_of = lambda x: (x - target).square().mean()
@@ -183,7 +183,7 @@ def test_stepwise_backward_equals_autograd(steps, transformer, inputs):
             x = erase.euler(transformer, x, s, s_next, text, grid)
         loss_of(x).backward()
     with erase.gated(transformer, stepwise):
-        loss, _ = erase.rollout_backward(transformer, noise, text, sigmas(steps), grid, loss_of)
+        loss, _ = erase.rollout_backward(transformer, noise, text, sigmas(steps), grid, loss_of, checkpoint)
     assert torch.allclose(loss, loss_of(x), atol=1e-6)
     for site in values:
         assert torch.allclose(stepwise[site].grad, plain[site].grad, rtol=1e-4, atol=1e-7), site
