@@ -32,6 +32,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")            # no word ab
 import diffusers
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import reduce
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -500,27 +502,31 @@ class Cases:
 
 
 def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
-    """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits."""
+    """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits. Under accelerate launch, each process
+    takes its share of a step's cases and the gradients are summed."""
+    state = PartialState()
     sites = {site: logit.numel() for site, logit in gate_logits.items()}
     groups = {"norm": args.lr_norm, "ffn": args.lr_ffn}
     rate = {site: groups["norm" if "norm1" in site else "ffn"] for site in sites}
     optimizer = torch.optim.AdamW([dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
     start = load_state(out_dir, gate_logits, optimizer)
-    metrics = open(out_dir / "metrics.jsonl", "a")
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase")
+    metrics = open(out_dir / "metrics.jsonl" if state.is_main_process else os.devnull, "a")
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase", disable=not state.is_main_process)
     for step in bar:
         began, rng = time.time(), random.Random(f"{args.seed} {step}")
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
         relaxed = {site: relax(logit, args.gate, uniform.get(site)) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
         chosen = cases.sample(rng, args.batch, args.retain_batch, range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds), args.near)
-        erase_loss, preserve_loss, loss = cases.loss(gates, chosen, args.micro_batch, backward=True).tolist()
-        if not (math.isfinite(loss) and all(g.grad.isfinite().all() for g in gates.values())):
+        losses = cases.loss(gates, chosen[state.process_index::state.num_processes], args.micro_batch, backward=True)
+        losses, gradients = reduce([losses.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
+        erase_loss, preserve_loss, loss = losses.tolist()
+        if not (math.isfinite(loss) and all(g.isfinite().all() for g in gradients.values())):
             raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; try a smaller --lr_ffn and --lr_norm")
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - args.lr_decay * step / args.steps)
         optimizer.zero_grad()
-        torch.autograd.backward(list(relaxed.values()), [gates[site].grad.cpu() for site in relaxed])
+        torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() for site in relaxed])
         optimizer.step()
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
             [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
@@ -528,7 +534,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
                    sec_per_step=round(time.time() - began, 3))
         metrics.write(json.dumps(row) + "\n"), metrics.flush()
         bar.set_postfix(erase=f"{erase_loss:.4f}", preserve=f"{preserve_loss:.4f}", closed=f"{row['closed']:.1%}", sec=row["sec_per_step"])
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if state.is_main_process and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_state(out_dir, gate_logits, optimizer, step + 1)
     metrics.close()
 
@@ -554,7 +560,8 @@ def load_state(out_dir: Path, gate_logits: dict, optimizer) -> int:
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"--resume: {path} is damaged ({first_line(error)})") from None
         kept = (out_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[:step]
-    write_atomically(out_dir / "metrics.jsonl", lambda p: p.write_text("".join(kept)))
+    if PartialState().is_main_process:
+        write_atomically(out_dir / "metrics.jsonl", lambda p: p.write_text("".join(kept)))
     return step
 
 
@@ -752,19 +759,29 @@ def prepare(args) -> tuple:
 
 
 def run(args) -> None:
+    state = PartialState(cpu=args.device == "cpu")
+    if state.num_processes > 1:
+        args.device = str(state.device)
+        for flag in ("batch", "retain_batch"):
+            if getattr(args, flag) % state.num_processes:
+                raise UserError(f"--{flag}: {getattr(args, flag)} prompts cannot be split evenly over {state.num_processes} processes")
     began, (pairs, tests, retain, retain_tests, sites, config) = time.time(), prepare(args)
     total, out_dir = sum(sites.values()), args.out_dir
-    print(f"model: {config['model']} ({args.why}); preset {args.preset}; {total:,} gates in {len(sites)} layers; "
+    state.print(f"model: {config['model']} ({args.why}); preset {args.preset}; {total:,} gates in {len(sites)} layers; "
           f"{len(pairs)} concept pairs, {len(retain)} retain prompts", flush=True)
     if args.dry_run:
         return print(json.dumps(config, indent=1))
     pipe = load_pipeline(args.model, args.device)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(out_dir / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
+    state.wait_for_everyone()                                      # all have looked whether out_dir is free
+    if state.is_main_process:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(out_dir / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
 
     cases = Cases(pipe, pairs, retain, args)
     gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
     train(cases, gate_logits, args, out_dir)
+    if not state.is_main_process:
+        return
     mask = binary(gate_logits)
 
     held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)

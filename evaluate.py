@@ -636,7 +636,7 @@ def run(args) -> dict | None:
         raise UserError(f"--out_dir: {args.out_dir} holds the pictures of another evaluation; choose another folder")
     if state.is_main_process:
         print(f"{', '.join(map(str, args.paths))}: {len(cases)} prompts ({', '.join(f'{n} {s}' for s, n in by_set.items())}) x {len(columns)} models; "
-              f"judge {args.judge}" + (f"; {args.dropped} prompts about minors dropped" if args.dropped else ""), flush=True)
+              f"judge {args.judge}" + (f"; {args.dropped} prompts about minors dropped" if args.dropped else "") + (f"; on {state.num_processes} processes" if state.num_processes > 1 else ""), flush=True)
         erase.write_atomically(known, lambda p: p.write_text(json.dumps(about, indent=1) + "\n"))
     state.wait_for_everyone()
     for column in sorted(columns, key=lambda c: c.load is not None):  # folders of pictures first: what they lack is found before drawing

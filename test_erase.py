@@ -335,6 +335,23 @@ def test_resumed_run_equals_uninterrupted_run(erased, tmp_path):
     assert losses[0] == losses[1] and run(*QUICK, "--out_dir", out, "--resume").returncode == 2   # finished
 
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]      # accelerate launch starts one process on CPUs
+
+
+def test_two_processes_train_as_one(erased, tmp_path):
+    """Two CPU processes (torchrun, gloo) split each step's prompts and end in the single process's mask, losses equal within rounding."""
+    command = [*TWO_PROCESSES, "erase.py"]
+    done = subprocess.run([*command, *QUICK, "--out_dir", str(tmp_path / "gun")], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "gun").iterdir()} == FILES | {"transformer"}
+    ours, theirs = (load_file(folder / "mask.safetensors") for folder in (tmp_path / "gun", erased))
+    changed = sum((ours[k] != theirs[k]).sum().item() for k in theirs)
+    losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path / "gun", erased)]
+    assert changed <= 2 and all(abs(a / b - 1) < 1e-3 for a, b in zip(*losses)), (changed, losses)
+    done = subprocess.run([*command, *QUICK, "--batch", "3", "--out_dir", str(tmp_path / "odd")], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode != 0 and "--batch: 3 prompts cannot be split evenly over 2 processes" in done.stderr
+
+
 def write(path, text):
     path.write_text(text)
     return path
@@ -395,7 +412,7 @@ def test_no_disk_space_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_non_finite_loss_stops_the_run(tmp_path, capsys, monkeypatch):
     """A loss that is not finite ends the run with exit code 1, naming the step."""
-    monkeypatch.setattr(erase.Cases, "loss", lambda self, gates, *a, **k: torch.full((3,), float("nan")))
+    monkeypatch.setattr(erase, "objective", lambda final, *a: [final.sum() * float("nan")] * 3)
     assert erase.main(["--concept", "gun", "--model", str(HERE / "tiny/flux"), "--out_dir", str(tmp_path / "out")]) == 1
     assert "step 0: the loss is nan" in capsys.readouterr().err
 
@@ -434,11 +451,11 @@ def test_every_readme_command_parses(script, count, tmp_path, monkeypatch):
 EVALUATE = ("--num_pictures", "10", "--per_neighbour", "1", "--fid", "none", "--device", "cpu")
 
 
-def score(*arguments, launch=()):
+def score(*arguments, launch=(), says=""):
     """The real command line; returns its results.json without times."""
     done = subprocess.run([*(launch or [sys.executable]), "evaluate.py", *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and says in done.stdout, done.stderr
     results = json.loads((Path(arguments[arguments.index("--out_dir") + 1]) / "results.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]).keys() == results["results"].keys()
     return {k: v for k, v in results.items() if k != "seconds"}
@@ -484,9 +501,8 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation):
 
 
 def test_two_processes_score_as_one(erased, evaluation, tmp_path):
-    """accelerate launch with two CPU processes gives the figures of one."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    assert score(erased, *EVALUATE, "--controls", "--out_dir", tmp_path, launch=launch) == evaluation[1]
+    """Two CPU processes (torchrun, gloo) draw and judge one half each and give the figures of one."""
+    assert score(erased, *EVALUATE, "--controls", "--out_dir", tmp_path, launch=TWO_PROCESSES, says="on 2 processes") == evaluation[1]
 
 
 @pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (10, 10), (199, 200)])
