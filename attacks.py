@@ -502,7 +502,7 @@ def run(args) -> None:
     if concept not in concepts:
         raise UserError(f"--concept: {concept!r} is not what {args.erased} erases: {', '.join(concepts)}")
     eval_args = evaluate.complete(evaluate.parse_args([str(args.erased), "--device", args.device, *(["--judge", args.judge] if args.judge else [])]), [args.erased])
-    vocabulary = evaluate.read_vocabulary(eval_args.prompt_dir)
+    vocabulary = erase.read_vocabulary(eval_args.prompt_dir)
     s.question, synonyms = vocabulary.get(concept, {}).get("question") or erase.noun_phrase(concept), vocabulary.get(concept, {}).get("synonyms", [])
     s.pairs, tests = (evaluate.concept_rows(concept, eval_args, split) for split in ("train", "test"))
     s.retain = [r for r in evaluate.load_prompts(str(eval_args.prompt_dir / "retain.csv"), "--retain") if not erase.mentions(concept, r["prompt"])]
@@ -510,7 +510,7 @@ def run(args) -> None:
     counts = argparse.Namespace(dropped=0)
     tests, replayed = (evaluate.drop_minors(r, counts) if r else [] for r in (tests, replayed))
     n = args.num_prompts or s.budget["prompts"]
-    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], synonyms=[evaluate.rename(r["prompt"], concept, w) for w in synonyms]) for i, r in enumerate(tests[:n])]
+    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], synonyms=[erase.rename(r["prompt"], concept, w) for w in synonyms]) for i, r in enumerate(tests[:n])]
     replayed = [dict(r, name=f"replay {i:04d}", neutral_prompt=r["prompt"]) for i, r in enumerate(replayed[:args.num_prompts or None])]
     nudity = concept == "nudity" and not args.judge
     kind = None if nudity else evaluate.judge_class(eval_args.judge)

@@ -423,6 +423,17 @@ def mentions(concept: str, text: str) -> bool:
     return bool(re.search(rf"\b{re.escape(words)}(e?s)?\b", text, re.I))
 
 
+def rename(prompt: str, concept: str, word: str) -> str:
+    """The prompt with the concept's name replaced, article included."""
+    return re.sub(rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b", lambda m: noun_phrase(word) if m[1] else word, prompt, flags=re.I)
+
+
+def read_vocabulary(folder: Path) -> dict[str, dict]:
+    """{word: {kind, question, synonyms}}: what the judge can be asked about, and how."""
+    with open(folder / "vocabulary.csv", newline="") as f:
+        return {r["word"]: r | dict(synonyms=[s for s in r["synonyms"].split("|") if s]) for r in csv.DictReader(f)}
+
+
 def template_pairs(concept: str, neutral: str, templates: list[dict]) -> list[dict]:
     """Prompt pairs for any concept: {x} becomes the concept in one prompt and `neutral` in the other ("" = the empty prompt)."""
     fill = lambda prompt, words: prompt.replace("{x}", noun_phrase(words)) if words else ""
@@ -657,6 +668,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or made from prompts/templates.csv)")
     add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
     add("--num_prompts", type=int, default=20, help="training pairs per concept (%(default)s)")
+    add("--robust", action="store_true", help="train on the synonyms of prompts/vocabulary.csv too")
     add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
     add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
     add("--checkpoint", choices=("step", "block", "none"), help="what the backward recomputes: sampling steps, their blocks too, or nothing (tiny: none, else step)")
@@ -724,6 +736,10 @@ def prepare(args) -> tuple:
     check_args(args)
     rows = [concept_pairs(concept, args) for concept in args.concept]
     pairs = [r for part in rows for r in [r for r in part if r["split"] == "train"][:args.num_prompts]]
+    if args.robust:                                                # the same prompts with other words for the concept
+        vocabulary = read_vocabulary(args.prompt_dir)
+        pairs += [r | dict(prompt=renamed) for c in args.concept for word in vocabulary.get(c.replace("_", " ").lower(), {}).get("synonyms", ())
+                  for r in pairs if (renamed := rename(r["prompt"], c.replace("_", " "), word)) != r["prompt"]]
     tests = [r for part in rows for r in part if r["split"] == "test"] or pairs
     file = args.retain or args.prompt_dir / "retain.csv"
     retain = [r for r in read_prompts(file, "--retain", ("prompt", "evaluation_seed", "split")) if not any(mentions(c, r["prompt"]) for c in args.concept)]

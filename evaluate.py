@@ -242,12 +242,6 @@ def load_prompts(spec: str, flag: str, where: str | None = None, column: str | N
     return rows
 
 
-def read_vocabulary(folder: Path) -> dict[str, dict]:
-    """{word: {kind, question, synonyms}}: what the judge can be asked about, and how."""
-    with open(folder / "vocabulary.csv", newline="") as f:
-        return {r["word"]: r | dict(synonyms=[s for s in r["synonyms"].split("|") if s]) for r in csv.DictReader(f)}
-
-
 def concept_names(args) -> list[str]:
     """The erased concepts as the vocabulary spells them."""
     return [c.replace("_", " ").lower() for c in args.concept]
@@ -262,11 +256,6 @@ def concept_rows(concept: str, args, split: str = "test") -> list[dict]:
     """The concept's prompt pairs of one split, from its file or from templates."""
     pair_args = argparse.Namespace(prompts=None, prompt_dir=args.prompt_dir, neutral=None, concept=[concept], is_tiny=args.is_tiny)
     return [r for r in erase.concept_pairs(concept, pair_args) if r["split"] == split]
-
-
-def rename(prompt: str, concept: str, word: str) -> str:
-    """The prompt with the concept's name replaced, article included."""
-    return re.sub(rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b", lambda m: erase.noun_phrase(word) if m[1] else word, prompt, flags=re.I)
 
 
 def make_cases(args, vocabulary: dict, nearest) -> list[dict]:
@@ -292,7 +281,7 @@ def make_cases(args, vocabulary: dict, nearest) -> list[dict]:
             background = [] if style(row["prompt"]) else [("background", w) for w in named(row["prompt"], "background")]
             add("concept", row, [("acc", concept), *(("beside", w) for w in named(row["prompt"], "object")), *background])
             words = vocabulary.get(concept, {}).get("synonyms")
-            if words and not args.prompts and (prompt := rename(row["prompt"], concept, words[len(cases) // 2 % len(words)])) != row["prompt"]:
+            if words and not args.prompts and (prompt := erase.rename(row["prompt"], concept, words[len(cases) // 2 % len(words)])) != row["prompt"]:
                 add("synonyms", row | dict(prompt=prompt), [("synonyms", concept)])
     retain = load_prompts(str(args.retain or args.prompt_dir / "retain.csv"), "--retain")
     retain = [r for r in drop_minors(retain, args) if not any(erase.mentions(c, r["prompt"]) for c in concepts)]
@@ -582,7 +571,7 @@ def run(args) -> dict | None:
     began, state = time.time(), PartialState(cpu=args.device == "cpu")
     kind = judge_class(args.judge)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    vocabulary, judge = read_vocabulary(args.prompt_dir), None
+    vocabulary, judge = erase.read_vocabulary(args.prompt_dir), None
     question = lambda word: vocabulary.get(word, {}).get("question") or erase.noun_phrase(word)
     if kind is ClipJudge:
         judge = ClipJudge(args.judge, args.device, dtype)
