@@ -47,13 +47,14 @@ TINY, SCHNELL = str(HERE / "tiny/flux"), "black-forest-labs/FLUX.1-schnell"
 DEFAULTS = dict(
     #                       paper            tiny
     gate=                  ("hard_concrete", "straight_through"),
-    lr_ffn=                (0.5,             0.1),
-    lr_norm=               (0.5,             0.1),
+    lr_ffn=                (0.5,             0.25),
+    lr_norm=               (0.5,             0.25),
     weight_decay=          (0.01,            0.0),
-    adam_eps=              (1e-8,            3e-5),
-    beta=                  (0.01,            5.0),
+    adam_eps=              (1e-8,            1e-4),
+    beta=                  (0.01,            7.0),
     batch=                 (4,               4),
-    retain_batch=          (4,               4),
+    retain_batch=          (4,               8),
+    open_pull=             (0.0,             0.01),
     lr_decay=              (0,               1),
     near=                  (0.0,             0.5),
     height=                (512,             64),
@@ -539,6 +540,8 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
         optimizer.zero_grad()
         torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() for site in relaxed])
         optimizer.step()
+        for group in optimizer.param_groups:                       # pressure towards open gates: what does little drifts back
+            [logit.data.lerp_(torch.tensor(START[args.gate]), group["lr"] * args.open_pull) for logit in group["params"]]
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
             [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
         row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits)),
@@ -658,6 +661,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     preset("lr_norm", "learning rate of norm gates", type=float)
     preset("weight_decay", "AdamW's, on the logits", type=float)
     preset("adam_eps", "Adam's eps: gates with gradients far below it stay where they are", type=float)
+    preset("open_pull", "decay of the logits towards their open start, times the learning rate", type=float)
     preset("lr_decay", "1: the learning rates fall linearly to 0", type=int, choices=(0, 1))
     preset("near", "share of the retain prompts of a step that come from the quarter nearest to the concept", type=float)
     add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="what is gated (ffn norm)")
@@ -705,7 +709,7 @@ def check_args(args) -> None:
             raise UserError(f"--{flag}: must be at least 1, not {getattr(args, flag)}")
     if not 0 <= args.near <= 1:
         raise UserError(f"--near: must be between 0 and 1, not {args.near}")
-    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
+    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps", "open_pull"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag}: must be a number >= 0, not {getattr(args, flag)}")
     for flag in ("height", "width"):
