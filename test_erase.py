@@ -16,6 +16,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import attacks
+import bench
 import erase
 import evaluate
 
@@ -840,3 +841,17 @@ def test_bad_attack(arguments, message, erased, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ bench
+def test_the_two_backward_loop_gives_the_same_gradients(transformer, inputs, capsys):
+    """bench.py's reference, with two backward passes a step, gives erase.py's gradients; --full without a GPU is one line."""
+    noise, text, grid = inputs
+    gates = [{site: torch.ones(units, requires_grad=True) for site, units in erase.gate_sites(transformer).items()} for _ in range(2)]
+    with erase.gated(transformer, gates[0]):
+        bench.two_backward(transformer, noise, text, sigmas(3), grid, gates[0])
+    with erase.gated(transformer, gates[1]):
+        erase.rollout_backward(transformer, noise, text, sigmas(3), grid, lambda x: x.square().mean())
+    for site in gates[0]:
+        assert torch.allclose(gates[0][site].grad, gates[1][site].grad, rtol=1e-4, atol=1e-7), site
+    assert bench.main(["--full"]) == 2 and "--full: needs a CUDA GPU" in capsys.readouterr().err
