@@ -1,6 +1,6 @@
 """Times one optimiser step of erase.py, its memory, and how both grow; prints tables, the last line is one JSON object.
 
-    python bench.py                            # tiny/flux, on a CPU in about three minutes
+    python bench.py                            # tiny/flux, on a CPU in about a minute
     python bench.py --full --height 512        # a FLUX.1-schnell of random weights on a GPU, at true size
 
 Forward-equivalents: seconds of a sampling step's share of the optimiser step, over those of one forward without gradients on the same
