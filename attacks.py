@@ -471,17 +471,17 @@ def attack_case(attack: str, target: Model, teacher: Model, case: dict, s) -> di
         return dict(shots=[dict(clip=case["prompt"], t5=case["prompt"])], scores=[score(s, target.draw(case["prompt"], case["prompt"], seeds))])
 
 
-def weight_models(attacks, erased: Model, base: Model, s) -> dict[str, Model]:
-    """{attack: model} of the weights tier."""
+def weight_models(attacks, erased: Model, base: Model, s) -> dict:
+    """{attack: function that makes its model} of the weights tier; made when first attacked, so that a resumed run relearns nothing again."""
     out = {}
     if "unmask" in attacks:                                           # what deleting the mask file gives: of the folded weights, nothing comes back
-        out["unmask, mask as a file"], out["unmask, folded"] = base, with_transformer(erased, folded(erased))
+        out["unmask, mask as a file"], out["unmask, folded"] = lambda: base, lambda: with_transformer(erased, folded(erased))
     if "regrow" in attacks:
-        out["regrow"] = with_transformer(erased, regrow(folded(erased)))
+        out["regrow"] = lambda: with_transformer(erased, regrow(folded(erased)))
     if "relearn" in attacks:
         for name, rows, hold in (("closed stay zero", s.pairs[:8], True), ("all free", s.pairs[:8], False), ("control: retain pictures", s.retain[:8], True)):
             for steps in (10, 50, 200):
-                out[f"relearn {steps}, {name}"] = with_transformer(erased, relearn(erased, base, rows, steps, hold))
+                out[f"relearn {steps}, {name}"] = lambda rows=rows, steps=steps, hold=hold: with_transformer(erased, relearn(erased, base, rows, steps, hold))
     return out
 
 
@@ -524,7 +524,7 @@ def run(args) -> None:
         oracle = erase.load_pipeline(str(args.oracle), args.device)
         oracle.text_encoder.requires_grad_(False), oracle.text_encoder_2.requires_grad_(False)
         models["oracle"] = Model(oracle, {}, eval_args)
-    s.judge = NudityJudge() if nudity else kind(eval_args.judge, args.device, torch.float32 if args.device == "cpu" else torch.bfloat16)
+    s.judge = NudityJudge() if nudity else kind(eval_args.judge, args.device, erase.default_dtype(args.device))
     threshold = s.judge.threshold if args.threshold is None else args.threshold
     s.question = s.judge.form.format(s.question)
     banned = [concept, *synonyms]
@@ -564,13 +564,17 @@ def run(args) -> None:
             jobs.append(("noise", "erased", erased, cases))
     if set(args.attack) & set(TEXT):
         jobs = [("random tokens", name, model, cases) for name, model in models.items()] + jobs
-    for name, model in weight_models(set(args.attack) & set(WEIGHTS), erased, base, s).items():
-        jobs.append((name, "erased", model, cases))
+    makers, made = weight_models(set(args.attack) & set(WEIGHTS), erased, base, s), {}
+    jobs += [(name, "erased", None, cases) for name in makers]
 
     todo = [(attack, name, target, case) for attack, name, target, part in jobs for case in part if (attack, name, case["name"]) not in done]
     with open(log, "a") as f:
         for attack, name, target, case in (bar := tqdm(todo, desc="attack")):
             bar.set_postfix_str(f"{attack} on {name}")
+            if attack in makers:
+                if attack not in made:
+                    made = {attack: makers[attack]()}                 # one at a time
+                target = made[attack]
             spent.clear()
             if attack.startswith("inversion") and s.soft.get("for") != (attack, name):
                 s.soft = {"for": (attack, name), attack: invert(target, base, s.pairs, int(attack.split()[-1]), s.budget)}

@@ -351,10 +351,15 @@ def load_mask(path: Path, transformer: FluxTransformer2DModel) -> dict[str, torc
     return mask
 
 
+def default_dtype(device) -> torch.dtype:
+    """bf16, but fp32 on a CPU, under whatever index: a process group names it cpu:0."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def load_pipeline(model: str, device=None, dtype=None) -> FluxPipeline:
     """A stock FluxPipeline from a hub id or folder. Raises UserError if that is not a FLUX model; only safetensors is read."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device != "cpu" else torch.float32)
+    dtype = dtype or default_dtype(device)
     try:
         pipe = FluxPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
@@ -760,7 +765,7 @@ def prepare(args) -> tuple:
             meta = FluxTransformer2DModel.from_config(flux)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model: {args.model} is not a diffusers FLUX model: {first_line(error)}") from None
-    needed = 2**26 + (meta.num_parameters() * (4 if args.device == "cpu" else 2) if args.save == "full" else 0)
+    needed = 2**26 + (meta.num_parameters() * default_dtype(args.device).itemsize if args.save == "full" else 0)
     free = shutil.disk_usage(next(p for p in (args.out_dir.absolute(), *args.out_dir.absolute().parents) if p.exists())).free
     if free < needed:
         raise UserError(f"--out_dir: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed; --save mask needs little")

@@ -401,12 +401,16 @@ class JudgeFeatures(torch.nn.Module):
         return self.judge.embed_pictures([Image.fromarray(p) for p in batch.permute(0, 2, 3, 1).numpy()])
 
 
-def fid(real: list, fake: list, features) -> float:
-    """Frechet distance (Heusel et al. 2017) of two picture lists under `features`: 2048 for Inception, or a module. Raises UserError
-    for fewer pictures than features, where the covariances are singular and the figure means little."""
+def check_enough(pictures: int, features) -> None:
+    """Raises UserError for fewer pictures than features, where the covariances are singular and an FID means little."""
     size = features if isinstance(features, int) else features.num_features
-    if min(len(real), len(fake)) <= size:
-        raise UserError(f"--fid: {min(len(real), len(fake))} pictures, but covariances of {size} features need more than that: raise --num_pictures or take --fid none")
+    if pictures <= size:
+        raise UserError(f"--fid: {pictures} retain pictures, but covariances of {size} features need more than that: raise --num_pictures or take --fid none")
+
+
+def fid(real: list, fake: list, features) -> float:
+    """Frechet distance (Heusel et al. 2017) of two picture lists under `features`: 2048 for Inception, or a module. Raises UserError."""
+    check_enough(min(len(real), len(fake)), features)
     metric = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
     for pictures, is_real in ((real, True), (fake, False)):
         for i in range(0, len(pictures), 64):
@@ -429,8 +433,8 @@ def judged(column: Column, cases: list[dict], judge, ask, state) -> dict[tuple, 
     return dict(sorted(gather_object(scores)))
 
 
-def score_column(column: Column, base: Column, cases, scores, base_scores, threshold, clip, features, args) -> dict:
-    """All figures of one column. scores: what judged() gave for it and for the base."""
+def score_column(column: Column, base: Column, cases, scores, threshold, clip, features, args) -> dict:
+    """All figures of one column. scores: what judged() gave for it."""
     seen = {key: s if math.isnan(s) else float(s > threshold) for key, s in scores.items()}
     of = lambda metric, word=None: rate([s for (_, _, m, w), s in seen.items() if m == metric and word in (None, w)])
     words = lambda metric: dict.fromkeys(w for _, _, m, w in seen if m == metric)
@@ -553,7 +557,8 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
             setattr(args, name, config[name])
     args.model = str(HERE / args.model) if (HERE / args.model).exists() else args.model
     args.is_tiny = Path(args.model).resolve() == Path(TINY).resolve()
-    sizes = dict(height=64, width=64, max_sequence_length=24) if args.is_tiny else dict(height=512, width=512, max_sequence_length=256)
+    preset = erase.PRESETS.index("tiny" if args.is_tiny else "paper")
+    sizes = {name: erase.DEFAULTS[name][preset] for name in ("height", "width", "max_sequence_length")}
     for name, value in (sizes | dict(num_inference_steps=4)).items():
         setattr(args, name, getattr(args, name) or config.get(name, value))
     args.prompt_dir = HERE / "prompts/tiny" if args.is_tiny else HERE / "prompts"
@@ -570,7 +575,7 @@ def run(args) -> dict | None:
     """One evaluation, written to args.out_dir; the results of every column, on the main process."""
     began, state = time.time(), PartialState(cpu=args.device == "cpu")
     kind = judge_class(args.judge)
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    dtype = erase.default_dtype(args.device)
     vocabulary, judge = erase.read_vocabulary(args.prompt_dir), None
     question = lambda word: vocabulary.get(word, {}).get("question") or erase.noun_phrase(word)
     if kind is ClipJudge:
@@ -595,8 +600,7 @@ def run(args) -> dict | None:
     by_set = {s: sum(c["set"] == s for c in cases) for s in dict.fromkeys(c["set"] for c in cases)}
     features = None if args.fid == "none" else JudgeFeatures(clip) if args.fid == "judge" else 2048
     if features:                                                      # too few pictures, or no Inception: said before any is drawn
-        if by_set["retain"] <= (size := 2048 if features == 2048 else features.num_features):
-            raise UserError(f"--fid: {by_set['retain']} retain pictures, but covariances of {size} features need more than that: raise --num_pictures or take --fid none")
+        check_enough(by_set["retain"], features)
         try:
             FrechetInceptionDistance(feature=features)
         except (ModuleNotFoundError, OSError) as error:
@@ -638,7 +642,7 @@ def run(args) -> dict | None:
     all_scores = {c.name: judged(c, cases, judge, ask, state) for c in columns}
     if not state.is_main_process:
         return None
-    results = {c.name: score_column(c, base, cases, all_scores[c.name], all_scores["base"], threshold, clip, features, args) for c in columns}
+    results = {c.name: score_column(c, base, cases, all_scores[c.name], threshold, clip, features, args) for c in columns}
     if nudenet:
         concept_cases = [c for c in cases if c["set"] == "concept"]
         for c in columns:

@@ -100,12 +100,19 @@ def crowded_scene(rng: random.Random) -> world.Scene:
 VAE_ROUNDS = ((0, 16, 750), (750, 8, 1100), (1850, 8, 400))     # (first step, pictures a step, steps), each with its own cosine
 
 
+def conv_optimizers(module, peak_muon: float, peak_adam: float):
+    """Muon for the inner convolutions, Adam for the rest."""
+    named = dict(module.named_parameters())
+    inner = {n: p for n, p in named.items() if p.ndim == 4 and "conv_in" not in n and "conv_out" not in n}
+    muon = Muon(inner.values(), momentum=0.9)
+    adam = torch.optim.Adam([p for n, p in named.items() if n not in inner], betas=(0.9, 0.99))
+    muon.param_groups[0]["peak"], adam.param_groups[0]["peak"] = peak_muon, peak_adam
+    return muon, adam
+
+
 def train_vae(args):
     vae = make_vae().to(args.device, memory_format=torch.channels_last)
-    inner = {n: p for n, p in vae.named_parameters() if p.ndim == 4 and "conv_in" not in n and "conv_out" not in n}
-    muon = Muon(inner.values(), momentum=0.9)
-    adam = torch.optim.Adam([p for n, p in vae.named_parameters() if n not in inner], betas=(0.9, 0.99))
-    muon.param_groups[0]["peak"], adam.param_groups[0]["peak"] = 3e-3, 2e-3
+    muon, adam = conv_optimizers(vae, 3e-3, 2e-3)
     state_file, start, total = args.work / "vae.pt", 0, sum(steps for *_, steps in VAE_ROUNDS)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -147,11 +154,7 @@ def train_decoder(args):
     folder = args.out / "flux/vae"
     vae = AutoencoderKL.from_pretrained(folder).to(args.device, memory_format=torch.channels_last)
     vae.register_to_config(_name_or_path="")   # no path of this machine in the saved configuration
-    named = dict(vae.decoder.named_parameters())
-    inner = {n: p for n, p in named.items() if p.ndim == 4 and "conv_in" not in n and "conv_out" not in n}
-    muon = Muon(inner.values(), momentum=0.9)
-    adam = torch.optim.Adam([p for n, p in named.items() if n not in inner], betas=(0.9, 0.99))
-    muon.param_groups[0]["peak"] = adam.param_groups[0]["peak"] = 1.5e-3
+    muon, adam = conv_optimizers(vae.decoder, 1.5e-3, 1.5e-3)
     state_file, start = args.work / "decoder.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -170,7 +173,7 @@ def train_decoder(args):
         loss = (vae.decode(z).sample - x).abs().mean()
         muon.zero_grad(), adam.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
         muon.step(), adam.step()
         average += (loss.item() - average) / min(step - start + 1, 50)
         bar.set_postfix(l1=f"{average:.4f}")
