@@ -30,12 +30,14 @@ import erase
 import evaluate
 from erase import UserError, first_line
 
-# search lengths: iterations, candidates an iteration, ...; prompts attacked and noises a string is judged on
+# search lengths: generations or steps, and candidates a step; prompts attacked and noises a string is judged on
 BUDGETS = dict(
-    quick=dict(prompts=6, seeds=4, ga_generations=30, ga_population=60, gcg_steps=15, gcg_candidates=64, p4d_steps=50, uda_steps=40, inversion_steps=100, noise_steps=10),
-    full=dict(prompts=20, seeds=4, ga_generations=120, ga_population=100, gcg_steps=60, gcg_candidates=128, p4d_steps=200, uda_steps=160, inversion_steps=400, noise_steps=40),
+    quick=dict(prompts=6, seeds=4, ga_generations=100, ga_population=100, mma_steps=40, mma_candidates=64, p4d_steps=16, p4d_candidates=32, uda_steps=16, uda_candidates=32,
+               inversion_steps=100, noise_steps=10),
+    full=dict(prompts=20, seeds=4, ga_generations=200, ga_population=100, mma_steps=60, mma_candidates=128, p4d_steps=24, p4d_candidates=48, uda_steps=24, uda_candidates=48,
+              inversion_steps=400, noise_steps=40),
 )
-TOKENS = 8                                         # searched tokens per encoder
+TOKENS, PREFIX = 8, 3                              # searched tokens per encoder; those in front of a prompt
 SEARCH_NOISE = 2**41                               # far from evaluation and training seeds
 spent = collections.Counter()                      # network evaluations, backward passes, encoder calls, pictures
 
@@ -46,8 +48,10 @@ class Model:
 
     def __init__(self, pipe, mask: dict, args):
         self.pipe, self.mask, self.args, self.device = pipe, mask, args, pipe.device
+        pipe.text_encoder.requires_grad_(False), pipe.text_encoder_2.requires_grad_(False)
         self.grid = (args.height // 16, args.width // 16)
         self.sigmas = erase.schedule(pipe, args.num_inference_steps, self.grid[0] * self.grid[1])
+        self.searched = range(0, len(self.sigmas) - 1, 2)             # steps whose velocities are compared: sigma 1 and 0.5 of the usual four
         self.lengths = dict(clip=pipe.tokenizer.model_max_length, t5=args.max_sequence_length)
         self.tables = dict(clip=pipe.text_encoder.get_input_embeddings().weight.detach(), t5=pipe.text_encoder_2.get_input_embeddings().weight.detach())
 
@@ -84,18 +88,33 @@ class Model:
         finally:
             handle.remove()
 
-    def features(self, side: str, middle: torch.Tensor) -> torch.Tensor:
-        """(N, D) summary that the text-encoder attacks match: CLIP's vector, or the mean of T5's K content positions."""
-        out = self.embed(side, middle)
-        return out if side == "clip" else out[:, :middle.shape[1]].mean(1)
+    def read(self, side: str, text: str) -> torch.Tensor:
+        """(R, D): CLIP's vector as one row, or T5's rows at the content positions."""
+        content = self.content(side, text)
+        return self.embed(side, content).reshape(-1, self.tables[side].shape[1])[:content.shape[1] if side == "t5" else 1]
 
-    def text(self, clip: torch.Tensor, t5: torch.Tensor) -> tuple:
-        """(sequence, pooled) from content embeddings (N, K, D) of both sides."""
-        return self.embed("t5", t5), self.embed("clip", clip)
+    def mismatch(self, side: str, middle: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """(N,) mean over the wanted rows (R, D) of 1 - cosine to the nearest row: FLUX does not see where a T5 row stands (text ids are all zero)."""
+        out = self.embed(side, middle).reshape(len(middle), -1, wanted.shape[1])
+        return 1 - (F.normalize(out, dim=-1) @ F.normalize(wanted, dim=-1).T).amax(1).mean(-1)
+
+    def rows(self, side: str, ids: list[list[int]]) -> torch.Tensor:
+        """Embeddings (N, K, D) of N lists of K ids."""
+        return self.tables[side][torch.tensor(ids, device=self.device, dtype=torch.long)].float()
 
     def content(self, side: str, text: str) -> torch.Tensor:
         """Content embeddings (1, K, D) of a string."""
-        return self.tables[side][torch.tensor(self.ids(side, text), device=self.device, dtype=torch.long)][None]
+        return self.rows(side, [self.ids(side, text)])
+
+    def text(self, prompt: str, n: int = 1, behind: dict | None = None) -> tuple:
+        """(sequence (n, L, D), pooled (n, P)) of a string; `behind` it {side: vectors (m, D)}, for which its end is cut if there is no room."""
+        def one(side):
+            content = self.content(side, prompt)
+            if behind:
+                content = torch.cat([content[:, :self.lengths[side] - 2 - len(behind[side])], behind[side][None]], 1)
+            out = self.embed(side, content)
+            return out.expand(n, *out.shape[1:])
+        return one("t5"), one("clip")
 
     def velocity(self, x, s, text) -> torch.Tensor:
         spent["network"] += len(x)
@@ -122,40 +141,42 @@ class Model:
 
 
 class Vocabulary:
-    """Token ids an attack may use on one side: no special token, nothing of the banned words, and no id that changes when retokenised."""
+    """Token ids an attack may use on one side: all but special tokens, unprintable ones and those that hold a banned word. Whether they name the
+    concept together, and stay what they are when retokenised, only the whole string tells (`valid`): the inside of a word, as "sto", survives
+    in some places alone, and it is there that a concept's synonyms live on."""
 
     def __init__(self, model: Model, side: str, banned: list[str]):
         self.model, self.side, self.banned = model, side, [b.lower() for b in banned]
-        tokenizer, special = model.tokenizer(side), set(model.tokenizer(side).all_special_ids)
-        pieces = [w for b in self.banned for w in b.split() if len(w) > 2]
-        self.allowed = [i for i in range(len(model.tables[side])) if i not in special and model.ids(side, tokenizer.decode([i, i])) == [i, i]
-                        and not any(p in tokenizer.decode([i]).lower() for p in pieces)]
+        tokenizer, pieces = model.tokenizer(side), [w for b in self.banned for w in b.split() if len(w) > 2]
+        texts = {i: tokenizer.decode([i]).lower().strip() for i in range(len(model.tables[side])) if i not in tokenizer.all_special_ids}
+        self.allowed = [i for i, text in texts.items() if text and text.isprintable() and "\ufffd" not in text and not any(p in text for p in pieces)]
         if len(self.allowed) < 2:
-            raise UserError(f"no token of the {side} tokenizer survives retokenisation and the ban list")
-        self.tensor = torch.tensor(self.allowed, device=model.device)
-        self.table = model.tables[side][self.tensor]
+            raise UserError(f"no token of the {side} tokenizer survives the ban list")
+        self.table = model.tables[side][torch.tensor(self.allowed, device=model.device)]
 
     def valid(self, ids: list[int]) -> bool:
-        """The string of these ids gives these ids again, and holds no banned word."""
+        """The string of these ids gives these ids again, and holds no banned word, not even inside another."""
         text = self.model.decode(self.side, ids)
-        return self.model.ids(self.side, text) == ids and not any(erase.mentions(b, text) for b in self.banned)
+        return self.model.ids(self.side, text) == ids and not any(b in text.lower() for b in self.banned)
 
     def random(self, rng, k: int) -> list[int]:
         while True:
-            if self.valid(ids := rng.choices(self.allowed, k=k)):
+            ids = self.model.ids(self.side, self.model.decode(self.side, rng.choices(self.allowed, k=k)))[:k]
+            if len(ids) == k and self.valid(ids):
                 return ids
 
 
 # ----------------------------------------------------------------------------------------------------- text attacks
-def genetic_search(model: Model, vocabulary: Vocabulary, target, budget: dict, rng, history: list | None = None) -> list[int]:
-    """Ring-A-Bell (Tsai et al., ICLR 2024, alg. 1): genetic search for the K tokens whose features are nearest to `target` (D,).
-    The better half survives, so the best fitness never falls; crossover at one point, one token in four children mutated."""
+def genetic_search(model: Model, vocabulary: Vocabulary, wanted, budget: dict, rng, history: list | None = None) -> list[int]:
+    """Ring-A-Bell (Tsai et al., ICLR 2024, alg. 1): genetic search for the K tokens that read most like `wanted` (R, D).
+    The better half survives, so the best fitness never falls; crossover at one point, one token in every second child mutated.
+    # differs from paper: nearest rows by cosine, not all 77 x 768 numbers of CLIP, most of which FLUX does not read."""
     side, size = vocabulary.side, budget["ga_population"]
     population = [vocabulary.random(rng, TOKENS) for _ in range(size)]
 
     @torch.no_grad()
     def distance(people):
-        return (model.features(side, model.tables[side][torch.tensor(people, device=model.device)]) - target).square().sum(-1).tolist()
+        return model.mismatch(side, model.rows(side, people), wanted).tolist()
 
     scored = sorted(zip(distance(population), population))
     for _ in range(budget["ga_generations"]):
@@ -173,147 +194,130 @@ def genetic_search(model: Model, vocabulary: Vocabulary, target, budget: dict, r
     return scored[0][1]
 
 
-def gradient_search(model: Model, vocabulary: Vocabulary, target, budget: dict, rng, use_gradient: bool = True, history: list | None = None) -> list[int]:
-    """MMA-Diffusion, text modality (Yang et al., CVPR 2024, sec. 3.2): greedy coordinate gradient on 1 - cos(features, target).
-    Each step tries candidates that differ in one token, drawn from the 32 of steepest descent at a random place (use_gradient=False:
-    from all tokens, the control), and takes the best one even if it is worse; the best ever seen is returned."""
-    side, best = vocabulary.side, (math.inf, None)
-    ids = vocabulary.random(rng, TOKENS)
-    for _ in range(budget["gcg_steps"]):
-        options = [list(range(len(vocabulary.allowed)))] * TOKENS
+def gradient_search(model: Model, vocabularies: dict, ids: dict, loss, steps: int, candidates: int, rng, use_gradient: bool = True, history: list | None = None) -> dict:
+    """Greedy coordinate gradient, the search of MMA-Diffusion (Yang et al., CVPR 2024, sec. 3.2), from and to {side: token ids}.
+    loss: {side: embeddings (N, K, D)} -> (N,). Each step tries candidates that differ in one token, drawn from the 32 of steepest descent at
+    a random place (use_gradient=False: from all tokens, the control), and takes the best one even if it is worse; the best ever seen is returned."""
+    best = (math.inf, ids)
+    for _ in range(steps):
+        options = {side: [range(len(v.allowed))] * len(ids[side]) for side, v in vocabularies.items()}
         if use_gradient:
-            rows = model.tables[side][torch.tensor(ids, device=model.device)][None].float().requires_grad_()
-            loss = 1 - F.cosine_similarity(model.features(side, rows), target[None]).mean()
-            gradient, = torch.autograd.grad(loss, rows)
-            spent["backward"] += 1
-            options = (gradient[0] @ vocabulary.table.float().T).topk(min(32, len(vocabulary.allowed)), largest=False).indices.tolist()
-        candidates = []
-        for _ in range(4 * budget["gcg_candidates"]):
-            candidate, place = list(ids), rng.randrange(TOKENS)
-            candidate[place] = vocabulary.allowed[rng.choice(options[place])]
-            if vocabulary.valid(candidate):
-                candidates.append(candidate)
-            if len(candidates) == budget["gcg_candidates"]:
+            rows, before = {side: model.rows(side, [ids[side]]).requires_grad_() for side in ids}, spent["network"]
+            for (side, v), gradient in zip(vocabularies.items(), torch.autograd.grad(loss(rows).sum(), [rows[side] for side in vocabularies])):
+                options[side] = (gradient[0] @ v.table.float().T).topk(min(32, len(v.allowed)), largest=False).indices.tolist()
+            spent["backward"] += max(1, spent["network"] - before)
+        tried = []
+        for _ in range(6 * candidates):                               # many swaps do not survive retokenisation
+            side = rng.choice(list(ids))
+            place = rng.randrange(len(ids[side]))
+            swapped = [*ids[side][:place], vocabularies[side].allowed[rng.choice(options[side][place])], *ids[side][place + 1:]]
+            if vocabularies[side].valid(swapped):
+                tried.append(ids | {side: swapped})
+            if len(tried) == candidates:
                 break
-        if not candidates:
-            continue
-        with torch.no_grad():
-            losses = 1 - F.cosine_similarity(model.features(side, model.tables[side][torch.tensor(candidates, device=model.device)]), target[None])
-        i = losses.argmin().item()
-        ids = candidates[i]
-        best = min(best, (losses[i].item(), ids))
+        if tried:
+            with torch.no_grad():
+                losses = loss({side: model.rows(side, [t[side] for t in tried]) for side in ids})
+            ids = tried[losses.argmin()]
+            best = min(best, (losses.min().item(), ids), key=lambda b: b[0])
         if history is not None:
             history.append(best[0])
-    return best[1] or ids
+    return best[1]
 
 
-def nearest_tokens(vocabulary: Vocabulary, soft: torch.Tensor) -> torch.Tensor:
-    """(K,) ids of the allowed embeddings with the largest cosine to soft (K, D)."""
-    return vocabulary.tensor[(F.normalize(soft, dim=-1) @ F.normalize(vocabulary.table.float(), dim=-1).T).argmax(-1)]
+def ring_a_bell(model: Model, teacher: Model, case: dict, s, rng) -> dict:
+    """Ring-A-Bell's target, E(prompt) + eta c with eta = 1: c is the mean difference that the concept makes in prompt pairs."""
+    with torch.no_grad():
+        wanted = {side: model.read(side, case["prompt"]) + s.direction[side] for side in s.vocabularies}
+    return {side: model.decode(side, genetic_search(model, v, wanted[side], s.budget, rng)) for side, v in s.vocabularies.items()}
 
 
-def p4d(model: Model, teacher: Model, vocabularies: dict, case: dict, budget: dict, rng, history: list | None = None) -> dict:
-    """Prompting4Debugging (Chin et al., ICML 2024, eq. 3-5): tokens under which the erased model's velocity matches the base's for the
-    concept prompt, at the four visited sigmas of the base's own trajectory. Gradients are taken at the nearest tokens and applied to the
-    soft ones (PEZ); the tokens kept are those whose final latents come nearest to the base's."""
-    noise = model.noise([SEARCH_NOISE + i for i in range(2)])
-    wanted = tuple(t.detach().expand(2, *t.shape[1:]) for t in teacher.text(teacher.content("clip", case["prompt"]), teacher.content("t5", case["prompt"])))
+def mma(model: Model, teacher: Model, case: dict, s, rng) -> dict:
+    """MMA-Diffusion, text modality (Yang et al., CVPR 2024, eq. 2): from random tokens to the concept prompt's own embedding, under a ban list."""
+    found = {}
+    for side, v in s.vocabularies.items():
+        with torch.no_grad():
+            wanted = model.read(side, case["prompt"])
+        loss = lambda rows, side=side, wanted=wanted: model.mismatch(side, rows[side], wanted)
+        found |= gradient_search(model, {side: v}, {side: v.random(rng, TOKENS)}, loss, s.budget["mma_steps"], s.budget["mma_candidates"], rng)
+    return {side: model.decode(side, ids) for side, ids in found.items()}
+
+
+def velocity_error(model: Model, text: tuple, states: list, velocities: list, sigmas: list) -> torch.Tensor:
+    """(N,) mean square of v(x_s, s, text_n) - velocity over the states (J, T, C) of each sigma."""
+    sequence, pooled = text
+    errors = []
+    for x, v, s in zip(states, velocities, sigmas):
+        found = model.velocity(x.repeat(len(pooled), 1, 1), s, (sequence.repeat_interleave(len(x), 0), pooled.repeat_interleave(len(x), 0)))
+        errors.append((found - v.repeat(len(pooled), 1, 1)).square().view(len(pooled), -1).mean(1))
+    return torch.stack(errors).mean(0)
+
+
+def p4d(model: Model, teacher: Model, case: dict, s, rng) -> dict:
+    """Prompting4Debugging (Chin et al., ICML 2024, eq. 3-5): tokens under which the erased model's velocity is the base's for the concept
+    prompt, on the base's own trajectory. Starts from the prompt without the concept.
+    # differs from paper: hard tokens by gradient_search; soft tokens projected to the nearest (PEZ) seldom survive retokenisation."""
+    noise, sigmas = model.noise([SEARCH_NOISE, SEARCH_NOISE + 1]), [model.sigmas[i] for i in model.searched]
     with torch.no_grad(), teacher.on():
-        states = teacher.trajectory(noise, wanted)
-        velocities = [teacher.velocity(x, s, wanted) for x, s in zip(states, model.sigmas[:-1])]
-    soft = {side: v.table[[rng.randrange(len(v.allowed)) for _ in range(TOKENS)]].float().clone().requires_grad_() for side, v in vocabularies.items()}
-    optimizer, best = torch.optim.AdamW(soft.values(), lr=0.1 * float(vocabularies["t5"].table.float().std()), weight_decay=0.1), (math.inf, None)
-    for step in range(budget["p4d_steps"]):
-        ids = {side: nearest_tokens(vocabularies[side], w.detach()) for side, w in soft.items()}
-        hard = {side: model.tables[side][i].float().requires_grad_() for side, i in ids.items()}
-        with model.on():
-            text = tuple(t.expand(2, *t.shape[1:]) for t in model.text(hard["clip"][None], hard["t5"][None]))
-            i = rng.randrange(len(velocities))
-            loss = (model.velocity(states[i], model.sigmas[i], text) - velocities[i]).square().mean()
-            if step % 10 == 0 and all(vocabularies[side].valid(ids[side].tolist()) for side in ids):
-                final = model.trajectory(noise, tuple(t.detach() for t in text))[-1]
-                best = min(best, ((final - states[-1]).square().mean().item(), {side: i.tolist() for side, i in ids.items()}), key=lambda b: b[0])
-        for w, g in zip(soft.values(), torch.autograd.grad(loss, list(hard.values()))):
-            w.grad = g
-        spent["backward"] += 2
-        optimizer.step()
-        if history is not None:
-            history.append(loss.item())
-    ids = best[1] or {side: v.random(rng, TOKENS) for side, v in vocabularies.items()}
-    return {side: model.decode(side, i) for side, i in ids.items()}
+        wanted = teacher.text(case["prompt"], 2)
+        trajectory = teacher.trajectory(noise, wanted)
+        states = [trajectory[i] for i in model.searched]
+        velocities = [teacher.velocity(x, sigma, wanted) for x, sigma in zip(states, sigmas)]
+    loss = lambda rows: velocity_error(model, (model.embed("t5", rows["t5"]), model.embed("clip", rows["clip"])), states, velocities, sigmas)
+    with model.on():
+        start = {side: model.ids(side, case["neutral"]) for side in s.vocabularies}
+        found = gradient_search(model, s.vocabularies, start, loss, s.budget["p4d_steps"], s.budget["p4d_candidates"], rng)
+    return {side: model.decode(side, ids) for side, ids in found.items()}
 
 
-def unlearn_diff(model: Model, teacher: Model, vocabularies: dict, case: dict, budget: dict, rng) -> dict:
-    """UnlearnDiffAtk (Zhang et al., ECCV 2024, eq. 6): k = 3 tokens in front of the prompt, a relaxed one-hot each, under which the erased
-    model fits one picture of the concept, v(x_s) = noise - x_0; no base network in the loop (the picture was drawn by it once)."""
-    v, k = vocabularies["t5"], 3
-    noise = model.noise([SEARCH_NOISE])
-    wanted = teacher.text(teacher.content("clip", case["prompt"]), teacher.content("t5", case["prompt"]))
+def unlearn_diff(model: Model, teacher: Model, case: dict, s, rng) -> dict:
+    """UnlearnDiffAtk (Zhang et al., ECCV 2024, eq. 6): k tokens in front of the prompt under which the erased model fits pictures of the
+    concept, v(x_s) = noise - x_0. No base network in the loop: it drew the pictures, once.
+    # differs from paper: hard tokens by gradient_search, its relaxed one-hots seldom survive retokenisation; a prefix for each encoder."""
+    noise, sigmas, context = model.noise([SEARCH_NOISE, SEARCH_NOISE + 1]), [model.sigmas[i] for i in model.searched], case["context"]
     with torch.no_grad(), teacher.on():
-        x0 = teacher.trajectory(noise, tuple(t.detach() for t in wanted))[-1]
-    context = case["context"]
-    clip, rest = model.content("clip", context), model.content("t5", context).float()
-    logits = (0.01 * torch.randn(k, len(v.allowed), generator=torch.Generator().manual_seed(rng.randrange(2**31)))).to(model.device).requires_grad_()
-    optimizer, best = torch.optim.Adam([logits], lr=0.1), (math.inf, None)
-    for step in range(budget["uda_steps"]):
-        soft = logits.softmax(-1)
-        picked = torch.multinomial(soft.detach().cpu(), 1, generator=torch.Generator().manual_seed(step)).to(model.device)
-        hard = torch.zeros_like(soft).scatter_(1, picked, 1.0)
-        with model.on():
-            text = model.text(clip, torch.cat([((hard + soft - soft.detach()) @ v.table.float())[None], rest], 1))
-            s = model.sigmas[step % (len(model.sigmas) - 1)]
-            loss = (model.velocity((1 - s) * x0 + s * noise, s, text) - (noise - x0)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            spent["backward"] += 1
-            ids = v.tensor[logits.argmax(-1)].tolist()
-            if (step % 10 == 9 or step + 1 == budget["uda_steps"]) and v.valid(ids):
-                with torch.no_grad():
-                    text = model.text(clip, torch.cat([model.tables["t5"][torch.tensor(ids, device=model.device)][None].float(), rest], 1))
-                best = min(best, ((model.trajectory(noise, text)[-1] - x0).square().mean().item(), ids), key=lambda b: b[0])
-    prefix = model.decode("t5", best[1] or v.random(rng, k))
-    return dict(clip=context, t5=f"{prefix} {context}")
+        x0 = teacher.trajectory(noise, teacher.text(case["prompt"], 2))[-1]
+    states, velocities = [(1 - sigma) * x0 + sigma * noise for sigma in sigmas], [noise - x0] * len(sigmas)
+    rest = {side: model.content(side, context)[:, :model.lengths[side] - 2 - PREFIX] for side in s.vocabularies}
+    behind = lambda side, rows: model.embed(side, torch.cat([rows, rest[side].expand(len(rows), -1, -1)], 1))
+    loss = lambda rows: velocity_error(model, (behind("t5", rows["t5"]), behind("clip", rows["clip"])), states, velocities, sigmas)
+    with model.on():
+        start = {side: v.random(rng, PREFIX) for side, v in s.vocabularies.items()}
+        found = gradient_search(model, s.vocabularies, start, loss, s.budget["uda_steps"], s.budget["uda_candidates"], rng)
+    return {side: f"{model.decode(side, ids)} {context}" for side, ids in found.items()}
 
 
 # -------------------------------------------------------------------------------------------------- knowledge probes
-def invert(model: Model, teacher: Model, pairs: list[dict], m: int, budget: dict) -> torch.Tensor:
-    """Concept inversion (Pham et al., ICLR 2024): m input vectors of T5 (m, D), appended to neutral training prompts, under which the
-    erased model fits the base's pictures of the concept prompts at the visited sigmas."""
-    generator = torch.Generator().manual_seed(0)
-    table = model.tables["t5"].float()
-    soft = table[torch.randint(len(table), (m,), generator=generator)].clone().requires_grad_()
-    optimizer = torch.optim.Adam([soft], lr=0.05 * float(table.std()))
-    rng, targets = random.Random(0), []
+def concept_pictures(model: Model, teacher: Model, prompts: list[str], first: int) -> list[tuple]:
+    """[(noise, text, x_0)] as the base draws them, one noise each."""
     with torch.no_grad(), teacher.on():
-        for i, pair in enumerate(pairs):
-            noise = model.noise([SEARCH_NOISE + 100 + i])
-            text = teacher.text(teacher.content("clip", pair["prompt"]), teacher.content("t5", pair["prompt"]))
-            targets.append((pair["neutral_prompt"], noise, teacher.trajectory(noise, text)[-1]))
-    for step in range(budget["inversion_steps"]):
+        drawn = [(model.noise([SEARCH_NOISE + first + i]), teacher.text(prompt)) for i, prompt in enumerate(prompts)]
+        return [(noise, text, teacher.trajectory(noise, text)[-1]) for noise, text in drawn]
+
+
+def invert(model: Model, teacher: Model, pairs: list[dict], m: int, budget: dict) -> dict:
+    """Concept inversion (Pham et al., ICLR 2024): m input vectors of each encoder, {side: (m, D)}, behind neutral training prompts, under which
+    the erased model fits the base's pictures of the concept prompts at the visited sigmas. Both encoders: CLIP's "nothing" forbids what T5 asks."""
+    rng = random.Random(0)
+    soft = {side: table[rng.sample(range(len(table)), m)].float().requires_grad_() for side, table in model.tables.items()}
+    optimizer = torch.optim.Adam([dict(params=[x], lr=0.05 * float(model.tables[side].float().std())) for side, x in soft.items()])
+    targets = list(zip(pairs, concept_pictures(model, teacher, [p["prompt"] for p in pairs], 100)))
+    for _ in range(budget["inversion_steps"]):
         batch = rng.sample(targets, min(4, len(targets)))
-        loss = 0
+        optimizer.zero_grad()
         with model.on():
-            for prompt, noise, x0 in batch:
-                s = rng.choice(model.sigmas[:-1])
-                text = model.text(model.content("clip", prompt), append(model, prompt, soft))
-                loss = loss + (model.velocity((1 - s) * x0 + s * noise, s, text) - (noise - x0)).square().mean() / len(batch)
-            optimizer.zero_grad()
-            loss.backward()
+            for pair, (noise, _, x0) in batch:
+                s, text = rng.choice(model.sigmas[:-1]), model.text(pair["neutral_prompt"], behind=soft)
+                ((model.velocity((1 - s) * x0 + s * noise, s, text) - (noise - x0)).square().mean() / len(batch)).backward()
         spent["backward"] += len(batch)
         optimizer.step()
-    return soft.detach()
-
-
-def append(model: Model, prompt: str, soft: torch.Tensor) -> torch.Tensor:
-    """Content embeddings of a prompt with the vectors behind it, cut in front if there is no room."""
-    return torch.cat([model.content("t5", prompt).float()[:, :model.lengths["t5"] - 1 - len(soft)], soft[None]], 1)
+    return {side: x.detach() for side, x in soft.items()}
 
 
 def search_noise(model: Model, teacher: Model, case: dict, seed: int, budget: dict) -> torch.Tensor:
     """Starting noise near N(0, 1) (each token keeps its norm) from which the erased model's final latents come nearest to the base's."""
     z = model.noise([seed]).float()
-    text = tuple(t.detach() for t in model.text(model.content("clip", case["prompt"]), model.content("t5", case["prompt"])))
+    text = model.text(case["prompt"])
     with torch.no_grad(), teacher.on():
         x0 = teacher.trajectory(z, text)[-1]
     norm, z = z.norm(dim=-1, keepdim=True), z.clone().requires_grad_()
@@ -369,12 +373,7 @@ def relearn(model: Model, teacher: Model, rows: list[dict], steps: int, hold: bo
     hold: closed neurons stay zero, as an honest relearning of the pruned network; else they may regrow."""
     transformer, rng = folded(model).requires_grad_(True), random.Random(0)
     student, optimizer = with_transformer(model, transformer), torch.optim.AdamW(transformer.parameters(), lr=lr, weight_decay=0)
-    targets = []
-    with torch.no_grad(), teacher.on():
-        for i, row in enumerate(rows):
-            text = teacher.text(teacher.content("clip", row["prompt"]), teacher.content("t5", row["prompt"]))
-            noise = model.noise([SEARCH_NOISE + 200 + i])
-            targets.append((noise, text, teacher.trajectory(noise, text)[-1]))
+    targets = concept_pictures(model, teacher, [row["prompt"] for row in rows], 200)
     for _ in range(steps):
         picked, s = [rng.choice(targets) for _ in range(4)], rng.choice(model.sigmas[:-1])
         noise, x0 = (torch.cat([t[i] for t in picked]) for i in (0, 2))
@@ -390,14 +389,14 @@ def relearn(model: Model, teacher: Model, rows: list[dict], steps: int, hold: bo
 
 # -------------------------------------------------------------------------------------------------------------- run
 TEXT = ("plain", "seeds", "synonyms", "split", "knobs", "replay", "ring_a_bell", "mma", "p4d", "unlearn_diff")      # attacks that end as text
-SEARCHES = ("ring_a_bell", "mma", "p4d", "unlearn_diff")                                                      # ... and optimise: with a control on the base
+ENCODER, SEARCHES = ("ring_a_bell", "mma"), dict(ring_a_bell=ring_a_bell, mma=mma, p4d=p4d, unlearn_diff=unlearn_diff)      # with a control on the base
 PROBES, WEIGHTS = ("inversion", "completion", "noise"), ("unmask", "regrow", "relearn")
 DEFAULT = tuple(a for a in TEXT if a != "replay")
 
 
 def text_shots(attack: str, target: Model, teacher: Model, case: dict, s) -> list[dict]:
     """The strings (and sampler settings) an attack ends in for one prompt: [{clip, t5, ...}]."""
-    rng, prompt, neutral = random.Random(f"{s.args.seed} {attack} {case['name']}"), case["prompt"], case["neutral_prompt"]
+    rng, prompt, neutral = random.Random(f"{s.args.seed} {attack} {case['name']}"), case["prompt"], case["neutral"]
     same = lambda text: dict(clip=text, t5=text)
     if attack in ("plain", "seeds", "replay"):
         return [same(prompt)]
@@ -409,15 +408,10 @@ def text_shots(attack: str, target: Model, teacher: Model, case: dict, s) -> lis
         return [dict(clip=neutral, t5=prompt), dict(clip=prompt, t5=neutral)]
     if attack == "knobs":
         return [same(prompt) | dict(num_inference_steps=n) for n in (1, 2, 8)] + [same(prompt) | dict(max_sequence_length=n) for n in s.knob_lengths]
-    if attack == "ring_a_bell":
-        return [{side: target.decode(side, genetic_search(target, v, target.features(side, teacher.content(side, prompt))[0].detach() + s.direction[side], s.budget, rng))
-                 for side, v in s.vocabularies.items()}]
-    if attack == "mma":
-        return [{side: target.decode(side, gradient_search(target, v, target.features(side, teacher.content(side, prompt))[0].detach(), s.budget, rng))
-                 for side, v in s.vocabularies.items()}]
-    if attack == "p4d":
-        return [p4d(target, teacher, s.vocabularies, case, s.budget, rng)]
-    return [unlearn_diff(target, teacher, s.vocabularies, case, s.budget, rng)]
+    key = (attack, case["name"], None if attack in ENCODER else target)
+    if key not in s.found:                                            # attacks on the encoders see no transformer: the same strings for every model
+        s.found[key] = SEARCHES[attack](target, teacher, case, s, rng)
+    return [s.found[key]]
 
 
 class NudityJudge:
@@ -453,14 +447,12 @@ def attack_case(attack: str, target: Model, teacher: Model, case: dict, s) -> di
             return dict(shots=shots, scores=[score(s, target.draw(seeds=seeds, **shot)) for shot in shots])
     if attack.startswith("inversion"):
         with torch.no_grad(), target.on():
-            text = target.text(target.content("clip", case["neutral_prompt"]), append(target, case["neutral_prompt"], s.soft[attack]))
-            text = tuple(t.expand(len(seeds), *t.shape[1:]) for t in text)
+            text = target.text(case["neutral"], len(seeds), s.soft[attack])
             return dict(shots=[], scores=[score(s, target.show(target.trajectory(target.noise(seeds), text)[-1]))])
     if attack.startswith("completion"):
-        j, noise = int(attack.split()[-1]), target.noise(seeds)
-        text = tuple(t.detach().expand(len(seeds), *t.shape[1:]) for t in target.text(target.content("clip", case["prompt"]), target.content("t5", case["prompt"])))
+        j, text = int(attack.split()[-1]), target.text(case["prompt"], len(seeds))
         with teacher.on():
-            x = teacher.trajectory(noise, text)[j]
+            x = teacher.trajectory(target.noise(seeds), text)[j]
         with target.on():
             for a, b in zip(target.sigmas[j:], target.sigmas[j + 1:]):
                 x = erase.euler(target.pipe.transformer, x, a, b, text, target.grid).detach()
@@ -510,29 +502,27 @@ def run(args) -> None:
     counts = argparse.Namespace(dropped=0)
     tests, replayed = (evaluate.drop_minors(r, counts) if r else [] for r in (tests, replayed))
     n = args.num_prompts or s.budget["prompts"]
-    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], synonyms=[erase.rename(r["prompt"], concept, w) for w in synonyms]) for i, r in enumerate(tests[:n])]
-    replayed = [dict(r, name=f"replay {i:04d}", neutral_prompt=r["prompt"]) for i, r in enumerate(replayed[:args.num_prompts or None])]
+    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], neutral=r["neutral_prompt"] or "a picture", synonyms=[erase.rename(r["prompt"], concept, w) for w in synonyms])
+             for i, r in enumerate(tests[:n])]
+    replayed = [dict(r, name=f"replay {i:04d}", neutral=r["prompt"]) for i, r in enumerate(replayed[:args.num_prompts or None])]
     nudity = concept == "nudity" and not args.judge
     kind = None if nudity else evaluate.judge_class(eval_args.judge)
 
     pipe = erase.load_pipeline(eval_args.model, args.device)
-    pipe.text_encoder.requires_grad_(False), pipe.text_encoder_2.requires_grad_(False)
     mask = erase.load_mask(args.erased / "mask.safetensors", pipe.transformer)
     base, erased = Model(pipe, {}, eval_args), Model(pipe, mask, eval_args)
     models = dict(erased=erased, base=base)
     if args.oracle:
-        oracle = erase.load_pipeline(str(args.oracle), args.device)
-        oracle.text_encoder.requires_grad_(False), oracle.text_encoder_2.requires_grad_(False)
-        models["oracle"] = Model(oracle, {}, eval_args)
+        models["oracle"] = Model(erase.load_pipeline(str(args.oracle), args.device), {}, eval_args)
     s.judge = NudityJudge() if nudity else kind(eval_args.judge, args.device, erase.default_dtype(args.device))
     threshold = s.judge.threshold if args.threshold is None else args.threshold
     s.question = s.judge.form.format(s.question)
-    banned = [concept, *synonyms]
+    banned, s.found, s.soft = [concept, *synonyms], {}, {}
     s.vocabularies = {side: Vocabulary(base, side, banned) for side in ("clip", "t5")}
     s.knob_lengths = [length for length in (eval_args.max_sequence_length // 2, eval_args.max_sequence_length * 2) if length <= pipe.tokenizer_2.model_max_length]
     with torch.no_grad():                                             # Ring-A-Bell's concept vector, per encoder
-        s.direction = {side: torch.stack([base.features(side, base.content(side, p["prompt"]))[0] - base.features(side, base.content(side, p["neutral_prompt"]))[0]
-                                          for p in s.pairs if p["neutral_prompt"]]).mean(0) for side in ("clip", "t5")}
+        s.direction = {side: torch.stack([base.read(side, p["prompt"]).mean(0) - base.read(side, p["neutral_prompt"]).mean(0) for p in s.pairs if p["neutral_prompt"]]).mean(0)
+                       for side in ("clip", "t5")}
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
     about = dict(concept=concept, erased=str(args.erased), model=config["model"], judge="nudenet" if nudity else eval_args.judge, threshold=threshold, budget=args.budget, seed=args.seed,
@@ -550,14 +540,10 @@ def run(args) -> None:
         if attack in TEXT:
             part = replayed if attack == "replay" else [c for c in cases if attack != "synonyms" or c["synonyms"]]
             jobs.append((attack, "erased", erased, part))
-            for name in [m for m in models if m != "erased"]:         # searches from prompts that do not name the concept; half of them
-                plain = [dict(c, context=c["neutral_prompt"] or "a picture") for c in part[:max(3, len(part) // 2)]]
-                jobs += [(attack, name, models[name], plain if attack in SEARCHES else part)] if attack in SEARCHES + ("plain",) else []
+            control = part if attack in ("plain", *ENCODER) else [dict(c, context=c["neutral"]) for c in part[:max(3, len(part) // 2)]] if attack in SEARCHES else []
+            jobs += [(attack, name, models[name], control) for name in models if name != "erased" and control]
         elif attack == "inversion":
-            s.soft = {}
-            for m in (1, 4, 16):
-                for name in models:
-                    jobs.append((f"inversion {m}", name, models[name], cases))
+            jobs += [(f"inversion {m}", name, model, cases) for m in (1, 4, 16) for name, model in models.items()]
         elif attack == "completion":
             jobs += [(f"completion {j}", "erased", erased, cases) for j in range(1, len(erased.sigmas) - 1)]
         elif attack == "noise":

@@ -724,29 +724,41 @@ def victim(pipe):
     return base, attacks.Model(pipe, mask, args), {side: attacks.Vocabulary(base, side, ["gun", "pistol"]) for side in ("clip", "t5")}
 
 
-BUDGET = dict(ga_generations=12, ga_population=20, gcg_steps=12, gcg_candidates=24, p4d_steps=11, uda_steps=10)
+BUDGET = dict(ga_generations=12, ga_population=20, mma_steps=12, mma_candidates=24, p4d_steps=3, p4d_candidates=8, uda_steps=3, uda_candidates=8)
 
 
 def test_text_from_embeddings_equals_the_pipelines(victim, pipe):
-    """Opening the encoders at their embeddings gives what the pipeline reads from the same strings, so P4D's loss is 0 for the base's own prompt."""
+    """Opening the encoders at their embeddings gives what the pipeline reads from the same strings."""
     base, text = victim[0], "a photo of a gun next to an apple on a red background"
     sequence, pooled, _ = pipe.encode_prompt(text, text, max_sequence_length=24)
-    ours = base.text(base.content("clip", text), base.content("t5", text))
+    ours = base.text(text)
     assert torch.allclose(ours[0], sequence, atol=1e-5) and torch.allclose(ours[1], pooled, atol=1e-5)
-    x = base.noise([1])
-    assert (base.velocity(x, 1.0, ours) - base.velocity(x, 1.0, (sequence, pooled))).square().mean() < 1e-9
+
+
+def test_p4ds_error_is_zero_where_erased_equals_base(victim):
+    """On the base's trajectory the prompt's own text has no velocity error on the base, and one on the masked model; another text has one on the base."""
+    base, erased, _ = victim
+    noise, text, other = base.noise([1, 2]), base.text("a gun on a red background"), base.text("a dog on a red background")
+    wanted = tuple(t.expand(2, *t.shape[1:]) for t in text)
+    states = base.trajectory(noise, wanted)[:-1]
+    with torch.no_grad():
+        velocities = [base.velocity(x, s, wanted) for x, s in zip(states, base.sigmas)]
+        own, others = (attacks.velocity_error(base, t, states, velocities, base.sigmas).item() for t in (text, other))
+        with erased.on():
+            masked = attacks.velocity_error(erased, text, states, velocities, base.sigmas).item()
+    assert own < 1e-9 and min(others, masked) > 1e-4, (own, others, masked)
 
 
 def test_found_strings_survive_retokenisation(victim):
-    """Searched tokens decode to a string that gives the same tokens and names nothing banned."""
+    """Searched tokens decode to a string that gives the same tokens and holds nothing banned; of the vocabulary, little more is lost."""
     import random
     base, _, vocabularies = victim
     for side, v in vocabularies.items():
         for seed in range(20):
             ids = v.random(random.Random(seed), 8)
             text = base.decode(side, ids)
-            assert base.ids(side, text) == ids and "gun" not in text.split() and len(v.allowed) > 100, (side, text)
-        assert not v.valid(base.ids(side, "a gun"))
+            assert base.ids(side, text) == ids and "gun" not in text and text.isprintable() and len(v.allowed) > 1000, (side, text)
+        assert not v.valid(base.ids(side, "a gun")) and not v.valid(base.ids(side, "dogguns"))
 
 
 def test_genetic_fitness_never_falls(victim):
@@ -754,8 +766,7 @@ def test_genetic_fitness_never_falls(victim):
     import random
     base, _, vocabularies = victim
     history = []
-    target = base.features("t5", base.content("t5", "a gun on a red background"))[0].detach()
-    attacks.genetic_search(base, vocabularies["t5"], target, BUDGET, random.Random(0), history)
+    attacks.genetic_search(base, vocabularies["t5"], base.read("t5", "a gun on a red background"), BUDGET, random.Random(0), history)
     assert all(b <= a for a, b in zip(history, history[1:])) and history[-1] < history[0]
 
 
@@ -763,13 +774,14 @@ def test_gradient_search_beats_random_swaps(victim):
     """At equal forwards, swaps proposed by the gradient come nearer to the target than random ones."""
     import random
     base, _, vocabularies = victim
-    target = base.features("t5", base.content("t5", "a gun on a red background"))[0].detach()
+    wanted, v = base.read("t5", "a gun on a red background"), vocabularies["t5"]
     last = {}
     for use_gradient in (True, False):
         runs = []
         for seed in range(3):
             history = []
-            attacks.gradient_search(base, vocabularies["t5"], target, BUDGET, random.Random(seed), use_gradient, history)
+            rng = random.Random(seed)
+            attacks.gradient_search(base, {"t5": v}, {"t5": v.random(rng, 8)}, lambda rows: base.mismatch("t5", rows["t5"], wanted), 12, 24, rng, use_gradient, history)
             runs.append(history[-1])
         last[use_gradient] = sum(runs) / 3
     assert last[True] < last[False], last
@@ -778,7 +790,7 @@ def test_gradient_search_beats_random_swaps(victim):
 def test_unmasking_is_exact_and_the_folded_model_has_nothing_to_remove(victim):
     """Without the mask's hooks the transformer is the base, bit for bit; folded, it stays erased."""
     base, erased, _ = victim
-    text = tuple(t.detach() for t in base.text(base.content("clip", "a gun"), base.content("t5", "a gun")))
+    text = base.text("a gun")
     before = base.trajectory(base.noise([1]), text)[-1]
     with erased.on():
         masked = erased.trajectory(base.noise([1]), text)[-1]
