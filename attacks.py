@@ -34,7 +34,7 @@ from erase import UserError, first_line
 BUDGETS = dict(
     quick=dict(prompts=6, seeds=4, ga_generations=100, ga_population=100, mma_steps=40, mma_candidates=64, p4d_steps=16, p4d_candidates=32, uda_steps=16, uda_candidates=32,
                inversion_steps=100, noise_steps=10),
-    full=dict(prompts=20, seeds=4, ga_generations=200, ga_population=100, mma_steps=60, mma_candidates=128, p4d_steps=24, p4d_candidates=48, uda_steps=24, uda_candidates=48,
+    full=dict(prompts=20, seeds=4, ga_generations=150, ga_population=100, mma_steps=60, mma_candidates=96, p4d_steps=24, p4d_candidates=48, uda_steps=24, uda_candidates=48,
               inversion_steps=400, noise_steps=40),
 )
 TOKENS, PREFIX = 8, 3                              # searched tokens per encoder; those in front of a prompt
