@@ -54,9 +54,9 @@ DEFAULTS = dict(
     beta=                  (0.01,            7.0),
     batch=                 (4,               4),
     retain_batch=          (4,               8),
-    open_pull=             (0.0,             0.0),
     lr_decay=              (0,               1),
-    near=                  (0.0,             0.5),
+    hard=                  (0.0,             0.75),
+    max_closed=            (1.0,             0.05),
     height=                (512,             64),
     width=                 (512,             64),
     max_sequence_length=   (256,             24),
@@ -78,12 +78,12 @@ class UserError(Exception):
 START = dict(sigmoid=4.0, hard_concrete=3.0, straight_through=3.0)
 
 
-def relax(gate_logits: torch.Tensor, gate: str, uniform: torch.Tensor | None = None) -> torch.Tensor:
-    """Gates in [0, 1] from logits, (units,) fp32.
+def relax(gate_logits: torch.Tensor, gate: str, uniform: torch.Tensor | None = None, threshold: float = 0.0) -> torch.Tensor:
+    """Gates in [0, 1] from logits, (units,) fp32. threshold: closing_threshold().
 
     sigmoid           sigma(l) / sigma(l_start), clamped at 1
     hard_concrete     Louizos et al. 2018, eq. 10-12: a stretched, clamped sigmoid with logistic noise; noise-free if `uniform` is None
-    straight_through  1[l > 0] forwards, the gradient of sigma(l) backwards: no gap between training and deployment
+    straight_through  1[l > threshold] forwards, the gradient of sigma(l) backwards: no gap between training and deployment
     """
     if gate == "sigmoid":
         return (gate_logits.sigmoid() / torch.tensor(START[gate]).sigmoid()).clamp(max=1)
@@ -92,12 +92,20 @@ def relax(gate_logits: torch.Tensor, gate: str, uniform: torch.Tensor | None = N
         noise = 0 if uniform is None else uniform.log() - (-uniform).log1p()
         return (((noise + gate_logits) / temperature).sigmoid() * (high - low) + low).clamp(0, 1)
     soft = gate_logits.sigmoid()
-    return (gate_logits > 0).float() + (soft - soft.detach())      # the bracket is exactly 0
+    return (gate_logits > threshold).float() + (soft - soft.detach())    # the bracket is exactly 0
 
 
-def binary(gate_logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The final mask, {0, 1} per unit: open where the logit is positive."""
-    return {site: (logit.detach() > 0).float() for site, logit in gate_logits.items()}
+def closing_threshold(gate_logits: dict[str, torch.Tensor], max_closed: float) -> float:
+    """Gates are closed where their logit is at or below it: 0, or lower where more than the share max_closed of all would close.
+    differs from paper: those who want to close compete for few places, so that what does little stays open."""
+    logits = torch.cat([logit.detach() for logit in gate_logits.values()])
+    k = int(max_closed * len(logits))
+    return min(0.0, logits.kthvalue(k).values.item()) if k else -math.inf
+
+
+def binary(gate_logits: dict[str, torch.Tensor], threshold: float = 0.0) -> dict[str, torch.Tensor]:
+    """The final mask, {0, 1} per unit: open where the logit is above the threshold."""
+    return {site: (logit.detach() > threshold).float() for site, logit in gate_logits.items()}
 
 
 def closed_share(gates: dict[str, torch.Tensor]) -> float:
@@ -234,12 +242,14 @@ def stack(texts: list[tuple], device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
-def objective(final, target, is_concept, args):
-    """erase_loss, preserve_loss and L of (a part of) one step's batch. final, target: (B, T, C) latents; is_concept: (B,) bool.
-    The paper's squared norms, as means over a picture's latents."""
-    error = (final.float() - target.float()).square().flatten(1).mean(1)
-    erase_loss = error[is_concept].sum() / args.batch
-    preserve_loss = error[~is_concept].sum() / args.retain_batch
+def squared_errors(final, target) -> torch.Tensor:
+    """(B,) the paper's squared norms, as means over a picture's latents (B, T, C)."""
+    return (final.float() - target.float()).square().flatten(1).mean(1)
+
+
+def objective(errors, is_concept, args):
+    """erase_loss, preserve_loss and L of (a part of) one step's batch. errors: (B,) squared_errors; is_concept: (B,) bool."""
+    erase_loss, preserve_loss = errors[is_concept].sum() / args.batch, errors[~is_concept].sum() / args.retain_batch
     return erase_loss, preserve_loss, erase_loss + args.beta * preserve_loss
 
 
@@ -475,21 +485,21 @@ class Cases:
         text = encode(pipe, prompts + neutrals, args.max_sequence_length)
         self.text, self.base_text = text[:len(prompts)], text[len(prompts):]
         self.num_pairs, self.num_retain = len(pairs), len(retain)
-        # retain prompts by how far their CLIP vectors lie in the direction that leads from a neutral prompt to its concept prompt
-        unit = lambda x: torch.nn.functional.normalize(x.float(), dim=-1)
-        clip, base_clip = (torch.stack([pooled for _, pooled in t]) for t in (self.text, self.base_text))
-        away = unit(clip[self.num_pairs:] - clip[self.num_pairs:].mean(0)) @ unit(clip - base_clip)[:self.num_pairs].T
-        self.nearest = (self.num_pairs + away.amax(1).argsort(descending=True)[:max(1, len(retain) // 4)]).tolist()
         self.grid = (args.height // 16, args.width // 16)
         self.sigmas = schedule(pipe, args.num_inference_steps, self.grid[0] * self.grid[1])
 
-    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, near: float = 0.0) -> list[tuple[int, int]]:
-        """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases, the share `near` of them near the concept."""
-        concept = [i % self.num_pairs for i in range(max(batch, self.num_pairs))]
-        rng.shuffle(concept)
-        near = round(near * retain_batch)
-        retain = rng.choices(self.nearest, k=near) + [self.num_pairs + rng.randrange(self.num_retain) for _ in range(retain_batch - near)]
-        return [(case, rng.choice(noise_seeds)) for case in concept[:batch] + retain]
+    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
+        """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases; of each, the share `hard` in proportion to
+        the `latest` (cases,) errors, those never seen (infinite) like the worst, and the rest evenly."""
+        chosen = []
+        for cases, size in ((range(self.num_pairs), batch), (range(self.num_pairs, self.num_pairs + self.num_retain), retain_batch)):
+            count = round(hard * size)
+            if count:
+                weights = latest[cases.start:cases.stop]
+                weights = weights.clamp(max=max([1e-6, *weights[weights.isfinite()].tolist()])) + 1e-6
+                chosen += rng.choices(cases, weights.tolist(), k=count)
+            chosen += rng.choices(cases, k=size - count)
+        return [(case, rng.choice(noise_seeds)) for case in chosen]
 
     def batch(self, cases):
         """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
@@ -503,19 +513,19 @@ class Cases:
         is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
         return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
 
-    def loss(self, gates, cases, micro_batch: int, backward: bool = False):
-        """(erase_loss, preserve_loss, L) of the gated model over `cases`; with backward, gradients in the gates."""
-        totals = torch.zeros(3)
+    def errors(self, gates, cases, micro_batch: int, backward: bool = False) -> torch.Tensor:
+        """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates."""
+        errors = []
         for i in range(0, len(cases), micro_batch):
             noise, text, target, is_concept = self.batch(cases[i:i + micro_batch])
             with gated(self.pipe.transformer, gates):
                 if backward:
-                    loss_of_final = lambda final: objective(final, target, is_concept, self.args)[2]
+                    loss_of_final = lambda final: objective(squared_errors(final, target), is_concept, self.args)[2]
                     _, final = rollout_backward(self.pipe.transformer, noise, text, self.sigmas, self.grid, loss_of_final, self.args.checkpoint)
                 else:
                     final = rollout(self.pipe.transformer, noise, text, self.sigmas, self.grid)[-1]
-            totals += torch.stack(objective(final, target, is_concept, self.args)).cpu()
-        return totals
+            errors.append(squared_errors(final, target).detach())
+        return torch.cat(errors).cpu()
 
 
 def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
@@ -526,18 +536,23 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
     groups = {"norm": args.lr_norm, "ffn": args.lr_ffn}
     rate = {site: groups["norm" if "norm1" in site else "ffn"] for site in sites}
     optimizer = torch.optim.AdamW([dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
-    start = load_state(out_dir, gate_logits, optimizer)
+    latest = torch.full((cases.num_pairs + cases.num_retain,), math.inf)          # each case's error when it was last seen
+    start = load_state(out_dir, gate_logits, optimizer, latest)
     metrics = open(out_dir / "metrics.jsonl" if state.is_main_process else os.devnull, "a")
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase", disable=not state.is_main_process)
     for step in bar:
         began, rng = time.time(), random.Random(f"{args.seed} {step}")
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
-        relaxed = {site: relax(logit, args.gate, uniform.get(site)) for site, logit in gate_logits.items()}
+        threshold = closing_threshold(gate_logits, args.max_closed)
+        relaxed = {site: relax(logit, args.gate, uniform.get(site), threshold) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
-        chosen = cases.sample(rng, args.batch, args.retain_batch, range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds), args.near)
-        losses = cases.loss(gates, chosen[state.process_index::state.num_processes], args.micro_batch, backward=True)
-        losses, gradients = reduce([losses.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
-        erase_loss, preserve_loss, loss = losses.tolist()
+        noise_seeds = range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
+        chosen = cases.sample(rng, args.batch, args.retain_batch, noise_seeds, latest, args.hard)
+        errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
+        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, backward=True)
+        errors, gradients = reduce([errors.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
+        errors = errors.cpu()
+        erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
         if not (math.isfinite(loss) and all(g.isfinite().all() for g in gradients.values())):
             raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; try a smaller --lr_ffn and --lr_norm")
         for group in optimizer.param_groups:
@@ -545,34 +560,34 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
         optimizer.zero_grad()
         torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() for site in relaxed])
         optimizer.step()
-        for group in optimizer.param_groups:                       # pressure towards open gates: what does little drifts back
-            [logit.data.lerp_(torch.tensor(START[args.gate]), group["lr"] * args.open_pull) for logit in group["params"]]
+        latest[[case for case, _ in chosen]] = errors
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
             [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
-        row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits)),
+        row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits, closing_threshold(gate_logits, args.max_closed))),
                    sec_per_step=round(time.time() - began, 3))
         metrics.write(json.dumps(row) + "\n"), metrics.flush()
         bar.set_postfix(erase=f"{erase_loss:.4f}", preserve=f"{preserve_loss:.4f}", closed=f"{row['closed']:.1%}", sec=row["sec_per_step"])
         if state.is_main_process and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            save_state(out_dir, gate_logits, optimizer, step + 1)
+            save_state(out_dir, gate_logits, optimizer, latest, step + 1)
     metrics.close()
 
 
-def save_state(out_dir: Path, gate_logits: dict, optimizer, step: int) -> None:
-    """Logits and AdamW's moments; random numbers are functions of (seed, step), so that is all a run needs to go on."""
-    tensors = {}
+def save_state(out_dir: Path, gate_logits: dict, optimizer, latest: torch.Tensor, step: int) -> None:
+    """Logits, AdamW's moments and the latest errors; random numbers are functions of (seed, step), so that is all a run needs to go on."""
+    tensors = dict(latest=latest)
     for site, logit in gate_logits.items():
         tensors |= {f"{site}|logit": logit.detach()} | {f"{site}|{k}": optimizer.state[logit][k] for k in ("exp_avg", "exp_avg_sq")}
     write_atomically(out_dir / "state.safetensors", lambda p: save_file(tensors, p, dict(step=str(step))))
 
 
-def load_state(out_dir: Path, gate_logits: dict, optimizer) -> int:
+def load_state(out_dir: Path, gate_logits: dict, optimizer, latest: torch.Tensor) -> int:
     """Returns the step to go on from, 0 without a state; drops the metrics of steps that will be run again. Raises UserError."""
     path, step, kept = out_dir / "state.safetensors", 0, []
     if path.exists():
         try:
             with safe_open(path, "pt") as f:
                 step = int(f.metadata()["step"])
+                latest.copy_(f.get_tensor("latest"))
                 for site, logit in gate_logits.items():
                     logit.data.copy_(f.get_tensor(f"{site}|logit"))
                     optimizer.state[logit] = dict(step=torch.tensor(float(step))) | {k: f.get_tensor(f"{site}|{k}") for k in ("exp_avg", "exp_avg_sq")}
@@ -666,9 +681,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     preset("lr_norm", "learning rate of norm gates", type=float)
     preset("weight_decay", "AdamW's, on the logits", type=float)
     preset("adam_eps", "Adam's eps: gates with gradients far below it stay where they are", type=float)
-    preset("open_pull", "decay of the logits towards their open start, times the learning rate", type=float)
     preset("lr_decay", "1: the learning rates fall linearly to 0", type=int, choices=(0, 1))
-    preset("near", "share of the retain prompts of a step that come from the quarter nearest to the concept", type=float)
+    preset("hard", "share of a step's prompts drawn in proportion to their latest error", type=float)
+    preset("max_closed", "share of the gates that may close", type=float)
     add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="what is gated (ffn norm)")
     preset("height", "pixels", type=int)
     preset("width", "pixels", type=int)
@@ -712,9 +727,10 @@ def check_args(args) -> None:
     for flag in ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}: must be at least 1, not {getattr(args, flag)}")
-    if not 0 <= args.near <= 1:
-        raise UserError(f"--near: must be between 0 and 1, not {args.near}")
-    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps", "open_pull"):
+    for flag in ("hard", "max_closed"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"--{flag}: must be between 0 and 1, not {getattr(args, flag)}")
+    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag}: must be a number >= 0, not {getattr(args, flag)}")
     for flag in ("height", "width"):
@@ -807,15 +823,15 @@ def run(args) -> None:
     train(cases, gate_logits, args, out_dir)
     if not state.is_main_process:
         return
-    mask = binary(gate_logits)
+    mask = binary(gate_logits, closing_threshold(gate_logits, args.max_closed))
 
     held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)
-    per_case = torch.tensor([args.batch / 32, args.retain_batch / 32, 0])
+    held_out_errors = lambda: cases.errors({}, held_out, args.micro_batch).view(2, 32).mean(1).tolist()
     shown = [("concept prompts", tests[:6]), ("other prompts", retain_tests[:6])]
     pictures = lambda: [draw(pipe, [r["prompt"] for r in rows], [r["evaluation_seed"] for r in rows], args) for _, rows in shown]
-    before, base, base_pictures = cases.loss({}, held_out, args.micro_batch) * per_case, fingerprint(pipe.transformer), pictures()
+    before, base, base_pictures = held_out_errors(), fingerprint(pipe.transformer), pictures()
     fold(pipe.transformer, mask)
-    after, erased_pictures = cases.loss({}, held_out, args.micro_batch) * per_case, pictures()        # against the cached base outputs
+    after, erased_pictures = held_out_errors(), pictures()        # against the cached base outputs
     save_preview(out_dir / "preview.png", [(f"{title}\n{name}", row[i]) for i, (title, _) in enumerate(shown)
                                            for name, row in (("base", base_pictures), ("erased", erased_pictures))])
     save_curves(out_dir / "curves.png", [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()])

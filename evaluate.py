@@ -327,7 +327,9 @@ def load_soft(args):
     """The pipeline under the relaxed gates as training left them, neither thresholded nor folded."""
     pipe, config = erase.load_pipeline(args.model, args.device), json.loads((args.paths[0] / "config.json").read_text())
     with safe_open(args.paths[0] / "state.safetensors", "pt") as f:
-        soft = {key.removesuffix("|logit"): erase.relax(f.get_tensor(key), config["gate"]) for key in f.keys() if key.endswith("|logit")}
+        logits = {key.removesuffix("|logit"): f.get_tensor(key) for key in f.keys() if key.endswith("|logit")}
+    threshold = erase.closing_threshold(logits, config["max_closed"])
+    soft = {site: erase.relax(logit, config["gate"], threshold=threshold) for site, logit in logits.items()}
     erase.gated(pipe.transformer, soft).__enter__()                   # the hooks live as long as the pipeline
     return pipe
 

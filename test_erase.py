@@ -1,7 +1,9 @@
 """pytest on a CPU, no network. Oracles: diffusers' own pipeline, plain autograd, weights zeroed by hand, uninterrupted runs."""
 import argparse
 import json
+import math
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -89,6 +91,28 @@ def test_share_of_trainable_gates_at_the_papers_start():
         erase.relax(logits, gate, uniform).sum().backward()
         shares[gate] = (logits.grad != 0).float().mean().item()
     assert shares["straight_through"] == 1 and 0.15 < shares["hard_concrete"] < 0.22, shares
+
+
+@pytest.mark.parametrize("max_closed", [0, 0.03, 0.5, 1])
+def test_no_more_gates_close_than_allowed(max_closed):
+    """The lowest logits close, never above 0 and never more than the share; training's forward gates are the final mask."""
+    generator = torch.Generator().manual_seed(0)
+    logits = {site: torch.randn(units, generator=generator) for site, units in dict(a=300, b=700).items()}
+    threshold = erase.closing_threshold(logits, max_closed)
+    mask, everything = erase.binary(logits, threshold), torch.cat(list(logits.values()))
+    wanted = min(int(max_closed * 1000), int((everything <= 0).sum()))
+    assert torch.cat(list(mask.values())).eq(0).sum() == wanted and (torch.cat(list(mask.values())) == 0)[everything.argsort()[:wanted]].all()
+    assert all(torch.equal(erase.relax(logit, "straight_through", threshold=threshold), mask[site]) for site, logit in logits.items())
+
+
+def test_hard_cases_come_more_often():
+    """With hard 1, cases are drawn in proportion to their latest error, those never seen like the worst; with 0, evenly."""
+    cases = argparse.Namespace(num_pairs=4, num_retain=4)
+    latest = torch.tensor([1.0, 0, 0, 0, 0.5, 0.5, 0, math.inf])
+    counts = lambda hard: torch.bincount(torch.tensor([case for case, _ in erase.Cases.sample(cases, random.Random(0), 600, 600, range(4), latest, hard)]), minlength=8)
+    hard, even = counts(1.0).tolist(), counts(0.0).tolist()
+    assert hard[0] > 590 and hard[6] < 10 and all(150 < n < 250 for n in (hard[4], hard[5], hard[7])), hard
+    assert all(100 < n < 200 for n in even) and sum(even) == 1200, even
 
 
 def test_gate_noise_is_a_function_of_seed_and_step():
@@ -363,6 +387,8 @@ BAD = [
     (["--steps", "0"], "--steps: must be at least 1, not 0"),
     (["--batch", "-1"], "--batch: must be at least 1"),
     (["--beta", "-1"], "--beta: must be a number >= 0"),
+    (["--hard", "1.5"], "--hard: must be between 0 and 1, not 1.5"),
+    (["--max_closed", "-0.1"], "--max_closed: must be between 0 and 1, not -0.1"),
     (["--lr_ffn", "nan"], "--lr_ffn: must be a number >= 0"),
     (["--height", "60"], "--height: must be a multiple of 16"),
     (["--modules", "ffn", "bias"], "argument --modules: invalid choice: 'bias'"),
@@ -413,7 +439,7 @@ def test_no_disk_space_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_non_finite_loss_stops_the_run(tmp_path, capsys, monkeypatch):
     """A loss that is not finite ends the run with exit code 1, naming the step."""
-    monkeypatch.setattr(erase, "objective", lambda final, *a: [final.sum() * float("nan")] * 3)
+    monkeypatch.setattr(erase, "squared_errors", lambda final, target: final.flatten(1).sum(1) * float("nan"))
     assert erase.main(["--concept", "gun", "--model", str(HERE / "tiny/flux"), "--out_dir", str(tmp_path / "out")]) == 1
     assert "step 0: the loss is nan" in capsys.readouterr().err
 
