@@ -20,6 +20,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
@@ -27,8 +28,6 @@ import erase                                                          # before t
 import diffusers
 import numpy as np
 import torch
-import torchmetrics
-import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import FluxTransformer2DModel
@@ -61,12 +60,12 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 def rate(seen: list[float]) -> dict | None:
     """{rate, hits, n, low, high, unparsable} of 1, 0 or NaN (an answer that is neither yes nor no; not counted in n)."""
+    if not seen:
+        return None
     answers = [s for s in seen if not math.isnan(s)]
-    if not answers:
-        return dict(rate=None, hits=0, n=0, low=None, high=None, unparsable=len(seen)) if seen else None
-    low, high = wilson(hits := int(sum(answers)), n := len(answers))
-    out = dict(rate=round(hits / n, 5), hits=hits, n=n, low=round(low, 5), high=round(high, 5))
-    return out | (dict(unparsable=len(seen) - n) if len(seen) > n else {})
+    hits, n = int(sum(answers)), len(answers)
+    rates = [round(x, 5) for x in (hits / n, *wilson(hits, n))] if n else [None] * 3
+    return dict(rate=rates[0], hits=hits, n=n, low=rates[1], high=rates[2]) | (dict(unparsable=len(seen) - n) if len(seen) > n else {})
 
 
 # ----------------------------------------------------------------------------------------------------------- judges
@@ -176,18 +175,18 @@ class NudeNet:
     """NudeNet 3 (weights inside the package), or version 2's detector from an ONNX file with its classes file beside it."""
 
     def __init__(self, v2: Path | None = None):
+        self.is_v2 = bool(v2)
         if v2:
             import onnxruntime
-            self.classes = (v2.parent / "detector_v2_default_classes").read_text().split()
+            self.detect = self.detect_v2
             try:
+                self.classes = (v2.parent / "detector_v2_default_classes").read_text().split()
                 self.session = onnxruntime.InferenceSession(str(v2), providers=["CPUExecutionProvider"])
             except Exception as error:                                # onnxruntime raises its own kinds
                 raise UserError(f"--nudenet_v2: cannot load {v2}: {first_line(error)}") from None
-            self.detect = self.detect_v2
         else:
             import nudenet
             self.classes, self.detect = vars(nudenet.nudenet)["__labels"], nudenet.NudeDetector().detect
-        self.is_v2 = bool(v2)
         if unknown := [n for n in self.names(EXPOSED_9) if n not in self.classes]:
             raise UserError(f"NudeNet: its labels have no {unknown[0]}")
 
@@ -242,7 +241,7 @@ def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
                 from datasets import load_dataset
                 table = load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train").to_pandas()
             except Exception as error:                                # the library raises its own kinds for gated, absent and offline
-                raise UserError(f"{flag}: cannot load {source}: {first_line(error)}; a gated set needs its terms accepted on "
+                raise UserError(f"{flag}: cannot load {name}: {first_line(error)}; a gated set needs its terms accepted on "
                                 f"https://huggingface.co/datasets/{name} and `hf auth login`") from None
         elif Path(source).suffix == ".csv":
             table = pandas.read_csv(source, keep_default_na=False, encoding="utf-8-sig")
@@ -250,6 +249,8 @@ def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
             table = pandas.DataFrame(dict(prompt=[line.split("\t")[0] for line in Path(source).read_text(encoding="utf-8-sig").split("\n")]))
     except (OSError, ValueError) as error:                            # pandas' parser errors and bad UTF-8 are ValueErrors
         raise UserError(f"{flag}: cannot read {source}: {first_line(error)}") from None
+    if not isinstance(table.index, pandas.RangeIndex):                # pandas takes a surplus first field for an index
+        raise UserError(f"{flag}: {source}: rows have more fields than the header")
     if column not in table:
         raise UserError(f"{flag}: {source} has no column {column!r}; it has {', '.join(map(str, table))}")
     seeds = next((c for c in ("evaluation_seed", "sd_seed") if c in table), None)
@@ -277,11 +278,6 @@ def drop_minors(rows: list[dict], args) -> list[dict]:
     return kept
 
 
-def concept_names(args) -> list[str]:
-    """The erased concepts as the vocabulary spells them."""
-    return [c.replace("_", " ").lower() for c in args.concept]
-
-
 def concept_rows(concept: str, args, split: str = "test") -> list[dict]:
     """The concept's prompt pairs of one split, from its file or from templates."""
     pair_args = argparse.Namespace(prompts=None, prompt_dir=args.prompt_dir, neutral=None, concept=[concept], is_tiny=args.is_tiny)
@@ -295,15 +291,11 @@ def cycle(rows: list[dict], n: int) -> list[dict]:
 
 def nearest_words(concept: str, vocabulary: dict, clip: ClipJudge, args) -> list[str]:
     """The 8 words of the concept's kind with the most similar question; styles only where they have prompts."""
-    kind = vocabulary.get(concept, {}).get("kind", "object")
-    words = [w for w, v in vocabulary.items() if v["kind"] == kind and w not in concept_names(args)
+    kind = vocabulary[concept]["kind"]
+    words = [w for w, v in vocabulary.items() if v["kind"] == kind and w not in args.concepts
              and (kind == "object" or (args.prompt_dir / f"{w.replace(' ', '_')}.csv").is_file())]
-    vectors = clip.embed_texts([question(w, vocabulary) for w in [concept, *words]])
+    vectors = clip.embed_texts([vocabulary[w]["question"] for w in [concept, *words]])
     return [words[i] for i in (vectors[1:] @ vectors[0]).argsort(descending=True, stable=True)[:8]]
-
-
-def question(word: str, vocabulary: dict) -> str:
-    return vocabulary.get(word, {}).get("question") or erase.noun_phrase(word)
 
 
 def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
@@ -314,23 +306,23 @@ def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
     retain      unrelated prompts: is each thing of the vocabulary that they name there (others)
     neighbours  the 8 words nearest to the concept, `args.per_neighbour` pictures each
     """
-    concepts, cases, count = concept_names(args), [], Counter()
-    named = lambda prompt, kind: [w for w, v in vocabulary.items() if v["kind"] == kind and w.lower() not in concepts and erase.mentions(w, prompt)]
-    unrelated = lambda rows: [r for r in rows if not any(erase.mentions(c, r["prompt"]) for c in concepts)]
+    cases, count = [], Counter()
+    named = lambda prompt, kind: [w for w, v in vocabulary.items() if v["kind"] == kind and w not in args.concepts and erase.mentions(w, prompt)]
+    unrelated = lambda rows: [r for r in rows if not any(erase.mentions(c, r["prompt"]) for c in args.concepts)]
 
     def add(set_, row, asks):
         cases.append(dict(set=set_, name=f"{count[set_]:05d}_{row['evaluation_seed']}", prompt=row["prompt"], seed=row["evaluation_seed"], asks=asks))
         count[set_] += 1
 
-    for concept in concepts:
+    styles = [w for w, v in vocabulary.items() if v["kind"] == "style"]
+    for concept in args.concepts:
         rows = load_prompts(args.prompts, "--prompts", args.where) if args.prompts else concept_rows(concept, args)
-        words = vocabulary.get(concept, {}).get("synonyms") if not args.prompts else None
-        styles = [w for w, v in vocabulary.items() if v["kind"] == "style"]
+        words = vocabulary[concept]["synonyms"]
         for i, row in enumerate(cycle(drop_minors(rows, args), args.num_pictures)):
-            has_style = any(erase.mentions(w, row["prompt"]) for w in styles)           # a style changes the background's colour
+            has_style = any(erase.mentions(w, row["prompt"]) for w in styles)           # which changes the background's colour
             background = [] if has_style else [("background", w) for w in named(row["prompt"], "background")]
             add("concept", row, [("acc", concept), *(("beside", w) for w in named(row["prompt"], "object")), *background])
-            if words and (prompt := erase.rename(row["prompt"], concept, words[i % len(words)])) != row["prompt"]:
+            if words and not args.prompts and (prompt := erase.rename(row["prompt"], concept, words[i % len(words)])) != row["prompt"]:
                 add("synonyms", row | dict(prompt=prompt), [("synonyms", concept)])
     retain = drop_minors(load_prompts(str(args.retain or args.prompt_dir / "retain.csv"), "--retain"), args)
     if not (retain := unrelated(retain)):
@@ -339,7 +331,7 @@ def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
         add("retain", row, [("others", w) for w in named(row["prompt"], "object")])
     if args.per_neighbour and not clip:
         raise UserError("--clip none: the nearest concepts are found by its texts; add --per_neighbour 0")
-    for concept in concepts if args.per_neighbour else ():
+    for concept in args.concepts if args.per_neighbour else ():
         for word in nearest_words(concept, vocabulary, clip, args):
             for row in cycle(unrelated(concept_rows(word, args)), args.per_neighbour):
                 add("neighbours", row, [("neighbours", word)])
@@ -355,7 +347,6 @@ class Column:
     load: Callable | None = None                                      # returns a pipeline; None: the pictures are all there is
     gates: dict = field(default_factory=dict)                         # {site: (units,)} over that pipeline; equal to folding them in, bit for bit
     weights: str = ""                                                 # what tells its weights from others'
-    closed: float | None = None                                       # share of closed gates
 
     def files(self, cases: list[dict]) -> list[Path]:
         return [self.folder / c["set"] / f"{c['name']}.png" for c in cases]
@@ -393,8 +384,7 @@ def make_column(path: Path, args, base) -> Column:
     weights = hashlib.sha256(repr([(f.relative_to(path), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
     if "concept" in read_config(path):
         mask = erase.load_mask(path / "mask.safetensors", base.transformer)
-        weights = hashlib.sha256((path / "mask.safetensors").read_bytes()).hexdigest()
-        return Column(str(path), home, lambda: base, mask, weights, erase.closed_share(mask))
+        return Column(str(path), home, lambda: base, mask, hashlib.sha256((path / "mask.safetensors").read_bytes()).hexdigest())
     if (path / "model_index.json").is_file():
         return Column(str(path), home, lambda: erase.load_pipeline(str(path), args.device), weights=weights)
     for folder in (path, path / "transformer"):
@@ -406,37 +396,34 @@ def make_column(path: Path, args, base) -> Column:
     raise UserError(f"{path}: is empty, or holds neither an erased model, a diffusers model nor pictures")
 
 
-def check_picture(file: Path, size: tuple | None = None, wanted: str = "") -> None:
+def check_picture(file: Path, size: tuple | None = None) -> None:
     """Raises UserError if the file is missing, damaged or of another size (width, height)."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such picture{wanted}")
     try:
         with Image.open(file) as picture:
             found = picture.size
             picture.verify()
     except (OSError, SyntaxError) as error:
-        raise UserError(f"{file}: is no whole picture: {first_line(error)}") from None
+        raise UserError(f"{file}: no such picture" if not file.exists() else f"{file}: is no whole picture: {first_line(error)}") from None
     if size and found != size:
         raise UserError(f"{file}: is {found[0]} x {found[1]} pixels, not {size[0]} x {size[1]}")
 
 
 def check_columns(columns: list[Column], cases: list[dict], about: dict, args, state) -> None:
-    """Before anything is drawn: pictures given are whole, and pictures kept belong to the same prompts, sizes and weights. Raises UserError."""
-    known = {c.folder / "cases.json": about | dict(weights=c.weights, cases=[[c["set"], c["name"], c["prompt"], c["seed"]] for c in cases]) for c in columns if c.load}
+    """Before anything is drawn: pictures given are whole, and pictures kept belong to the same prompts, sizes and weights. Raises UserError.
+    Writes cases.json, which also tells what pictures of a baseline --compare wants."""
     if len({c.name for c in columns}) < len(columns) or len({c.folder for c in columns}) < len(columns):
         raise UserError(f"--compare: two columns of the same name: {', '.join(c.name for c in columns)}")
-    for column in columns:
-        if not column.load:
-            for file, case in zip(column.files(cases), cases):
-                check_picture(file, (args.width, args.height), f" ({case['prompt']!r}, seed {case['seed']})")
+    for file in [f for c in columns if not c.load for f in c.files(cases)]:
+        check_picture(file, (args.width, args.height))
+    listed = [dict(file=f"{c['set']}/{c['name']}.png", prompt=c["prompt"], seed=c["seed"]) for c in cases]
+    known = {c.folder / "cases.json": about | dict(weights=c.weights, cases=listed) for c in columns if c.load}
     for file, now in known.items():
         if any(file.parent.glob("*/*.png")) and (not file.is_file() or json.loads(file.read_text()) != now):
             raise UserError(f"--out_dir: {file.parent} holds pictures of other prompts, sizes or weights; delete it or choose another folder")
-    state.wait_for_everyone()
+    state.wait_for_everyone()                                         # all have looked
     for file, now in known.items() if state.is_main_process else ():
         file.parent.mkdir(parents=True, exist_ok=True)
         erase.write_atomically(file, lambda p: p.write_text(json.dumps(now, indent=1) + "\n"))
-    state.wait_for_everyone()
 
 
 def draw_missing(column: Column, cases: list[dict], args, state) -> None:
@@ -450,7 +437,7 @@ def draw_missing(column: Column, cases: list[dict], args, state) -> None:
             for part in tqdm(todo, desc=f"draw {column.name}", disable=not state.is_local_main_process):
                 drawn = erase.draw(pipe, [c["prompt"] for c in part], [c["seed"] for c in part], args, batch=args.batch)
                 for file, picture in zip(column.files(part), drawn):
-                    file.parent.mkdir(exist_ok=True)
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     erase.write_atomically(file, lambda p: picture.save(p, format="png"))
     state.wait_for_everyone()
 
@@ -521,10 +508,12 @@ def score_column(column: Column, base: Column, base_out: dict | None, cases, sco
     for metric in ("acc", "synonyms", "beside", "background", "others", "neighbours"):
         if r := of(metric):
             out[metric] = r
-            if metric in ("beside", "others", "neighbours"):
-                out[f"{metric}, of base"] = share(r, (base_out or out)[metric])
-            if metric in ("acc", "others", "neighbours"):
-                by_word[f"{metric} by word"] = {w: of(metric, w) for w in dict.fromkeys(w for m, w, _ in seen if m == metric)}
+            by_word[f"{metric} by word"] = {w: of(metric, w) for w in dict.fromkeys(w for m, w, _ in seen if m == metric)}
+        if r and metric in ("beside", "others", "neighbours"):
+            out[f"{metric}, of base"] = share(r, (base_out or out)[metric])
+    if words := by_word.get("neighbours by word"):
+        shares = [share(r, (base_out or by_word)["neighbours by word"][w]) for w, r in words.items()]
+        out["worst neighbour, of base"] = min((s for s in shares if s is not None), default=None)
     by_set = lambda s: [c for c in cases if c["set"] == s]
     size, retain = (args.width, args.height), column.files(by_set("retain"))
     for set_ in ("concept", "retain") if clip else ():
@@ -534,18 +523,19 @@ def score_column(column: Column, base: Column, base_out: dict | None, cases, sco
     for name, real in (("base", base.files(by_set("retain"))), ("real", args.real_files)) if features else ():
         if real:
             out[f"fid to {name}"] = max(0.0, round(fid(real, retain, features, size, args.device), 4))       # rounding may leave it just below 0
-    return out | ({} if column.closed is None else dict(closed=round(column.closed, 5))) | by_word
+    return out | (dict(closed=round(erase.closed_share(column.gates), 5)) if column.gates else {}) | by_word
 
 
 # ---------------------------------------------------------------------------------------------------------- results
+def cell(metric: str, v, interval: bool = True) -> str:
+    if isinstance(v, dict):
+        unparsable = f", {v['unparsable']} unparsable" if "unparsable" in v else ""
+        return (f"{v['rate']:.1%}" + (f" [{v['low']:.1%}, {v['high']:.1%}] n={v['n']}" if interval else "") if v["n"] else "-") + unparsable
+    return "-" if v is None else f"{v:.1%}" if metric == "closed" or metric.endswith("of base") else f"{v:.3f}"
+
+
 def table(results: dict) -> list[list[str]]:
     """Rows of the table: metric, then one cell a column."""
-    def cell(metric, v):
-        if isinstance(v, dict):
-            unparsable = f", {v['unparsable']} unparsable" if "unparsable" in v else ""
-            return (f"{v['rate']:.1%} [{v['low']:.1%}, {v['high']:.1%}] n={v['n']}" if v["n"] else "-") + unparsable
-        return "-" if v is None else f"{v:.2%}" if metric == "closed" or metric.endswith("of base") else f"{v:.3f}"
-
     metrics = dict.fromkeys(m for r in results.values() for m in r if not m.endswith("by word"))
     rows = [["", *results], *([m, *(cell(m, r.get(m)) for r in results.values())] for m in metrics)]
     for word, before in results["base"].get("neighbours by word", {}).items():
@@ -561,15 +551,11 @@ def layout(rows: list[list[str]]) -> str:
 
 def summary(evaluations: dict[str, dict]) -> str:
     """One row for each erased model, base > erased."""
-    metrics = ("acc", "synonyms", "beside", "background", "others")
-    rows = [["", *metrics, "of base", "worst neighbour", "ssim", "fid", "closed"]]
+    pairs, single = ("acc", "synonyms", "beside", "background", "others"), ("others, of base", "worst neighbour, of base", "ssim", "fid to base", "closed")
+    rows = [["", *pairs, *single]]
     for name, results in evaluations.items():
         base, out = results["base"], results[name]
-        percent = lambda v, digits=1: "-" if v is None else f"{v:.{digits}%}"
-        shares = {w: s for w, r in out.get("neighbours by word", {}).items() if (s := share(r, base["neighbours by word"][w])) is not None}
-        worst = min(shares, key=shares.get, default=None)
-        rows.append([name, *(f"{percent(base[m]['rate'])} > {percent(out[m]['rate'])}" if m in out else "-" for m in metrics), percent(out.get("others, of base")),
-                     f"{worst} {shares[worst]:.0%}" if worst else "-", f"{out['ssim']:.3f}", f"{out.get('fid to base', math.nan):.3f}", percent(out.get("closed"), 2)])
+        rows.append([name, *(f"{cell(m, base.get(m), False)} > {cell(m, out.get(m), False)}" for m in pairs), *(cell(m, out.get(m)) for m in single)])
     return layout(rows)
 
 
@@ -577,23 +563,24 @@ def write_report(results: dict, about: dict, base: Column, erased: list[Column],
     """report.md and grid.png: same-seed pairs, and for each model the worst failures by the judge's score."""
     rows, of_set = table(results), lambda *sets: [c for c in cases if c["set"] in sets]
     asked = lambda column, c, metrics: [0.0 if math.isnan(s := scores[column.name][c["set"], c["name"], m, w]) else s for m, w in c["asks"] if m in metrics]
-    label = lambda title, column: f"{title}\n" + textwrap.fill(Path(column.name).name, 18)
+    label = lambda title, column: f"{title}\n" + textwrap.fill("/".join(Path(column.name).parts[-2:]), 18)
     sheet = [(label(title, column), open_pictures(column.files(of_set(set_)[:6])))
              for title, set_ in (("concept", "concept"), ("others", "retain")) for column in (base, *erased)]
     worst = []
     for column in erased:
-        survived = sorted(((max(asked(column, c, ("acc",))), c) for c in of_set("concept")), key=lambda sc: -sc[0])[:6]
-        drops = [(max((b - a for b, a in zip(*(asked(x, c, ("others", "neighbours")) for x in (base, column)))), default=-1), c) for c in of_set("retain", "neighbours")]
-        lost = sorted(drops, key=lambda sc: -sc[0])[:6]
-        sheet += [(label(title, x), open_pictures(x.files([c for _, c in part]))) for title, part in (("survived", survived), ("lost", lost)) for x in (base, column)]
-        worst += [f"* {column.name}, {title} ({s:.2f}): {c['set']}/{c['name']}.png, {c['prompt']}" for title, part in (("survived: score", survived), ("lost: fall of score", lost)) for s, c in part]
+        seen = [(max(asked(column, c, ("acc",))), c) for c in of_set("concept")]
+        fell = [(max((b - a for b, a in zip(*(asked(x, c, ("others", "neighbours")) for x in (base, column)))), default=-1), c) for c in of_set("retain", "neighbours")]
+        for title, of in (("most of it left", seen), ("most lost", fell)):
+            part = sorted(of, key=lambda score_case: -score_case[0])[:6]
+            sheet += [(label(title, x), open_pictures(x.files([c for _, c in part]))) for x in (base, column)]
+            worst += [f"* {column.name}, {title} ({score:.2f}): {c['set']}/{c['name']}.png, {c['prompt']}" for score, c in part]
     erase.save_preview(out_dir / "grid.png", sheet)
     (out_dir / "report.md").write_text("\n".join([
         f"# {', '.join(about['concept'])}: {', '.join(c.name for c in erased)}", "",
         f"Judge {about['judge']}, seen above {about['threshold']}; CLIP score by {about['clip_backbone']}; FID features: {about['fid_features']}; model {about['model']}. Rates with "
         f"95 % Wilson intervals; base and erased from the same noise; seeds: {about['seeds']}.", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
         *("| " + " | ".join(r) + " |" for r in rows[1:]), "", "![pairs](grid.png)", "",
-        "Worst failures, by the judge's score: where the concept survived, and where a bystander was lost (the last rows of grid.png).", "", *worst, ""]))
+        "Worst failures (last rows of grid.png): highest scores of the concept, and largest falls of the score of a bystander.", "", *worst, ""]))
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -630,23 +617,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if bool(args.erased) == bool(args.compare):
         raise UserError("nothing to evaluate: name a folder that erase.py wrote" if not args.erased else "--compare: takes all folders, none before it")
-    for flag, low in (("num_pictures", 1), ("per_neighbour", 0), ("batch", 1), ("num_inference_steps", 1), ("max_sequence_length", 1)):
-        if getattr(args, flag) is not None and getattr(args, flag) < low:
-            raise UserError(f"--{flag}: must be at least {low}, not {getattr(args, flag)}")
-    for flag in ("height", "width"):
-        if getattr(args, flag) is not None and (getattr(args, flag) < 16 or getattr(args, flag) % 16):
-            raise UserError(f"--{flag}: must be a multiple of 16 pixels, not {getattr(args, flag)}")
+    for flag, low, unit in (("num_pictures", 1, 1), ("per_neighbour", 0, 1), ("batch", 1, 1), ("num_inference_steps", 1, 1), ("max_sequence_length", 1, 1),
+                            ("height", 16, 16), ("width", 16, 16)):
+        if (value := getattr(args, flag)) is not None and (value < low or value % unit):
+            raise UserError(f"--{flag}: must be at least {low}" + (f" and a multiple of {unit} pixels" if unit > 1 else "") + f", not {value}")
     if args.threshold is not None and not 0 <= args.threshold < 1:
         raise UserError(f"--threshold: must be between 0 and 1, not {args.threshold}")
-    if args.out_dir and (len(args.erased) > 1 or args.out_dir.is_file()):
-        raise UserError(f"--out_dir: {args.out_dir} is a file" if args.out_dir.is_file() else "--out_dir: goes with one folder, or with --compare")
+    if args.out_dir and args.out_dir.is_file():
+        raise UserError(f"--out_dir: {args.out_dir} is a file")
+    if args.out_dir and len(args.erased) > 1:
+        raise UserError("--out_dir: goes with one folder, or with --compare")
     for path in args.erased + args.compare:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
     if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
         raise UserError(f"--real: {args.real} is no folder of pictures")
-    if args.nudenet_v2 and not (args.nudenet_v2.is_file() and (args.nudenet_v2.parent / "detector_v2_default_classes").is_file()):
-        raise UserError(f"--nudenet_v2: {args.nudenet_v2} or detector_v2_default_classes beside it is missing")
     if args.where and not args.prompts:
         raise UserError("--where: goes with --prompts")
     try:
@@ -668,6 +653,9 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
             if not config.get(name):
                 raise UserError(f"--{name}: needed, {paths[0]}/config.json does not say it")
             setattr(args, name, config[name])
+    if not all(c.replace("_", " ").strip() for c in args.concept):
+        raise UserError("--concept: is empty")
+    args.concepts = [c.replace("_", " ").lower() for c in args.concept]       # as the vocabulary spells them
     args.model = str(HERE / args.model) if (HERE / args.model).exists() else args.model
     args.is_tiny = Path(args.model).resolve() == Path(TINY).resolve()
     preset = erase.PRESETS.index("tiny" if args.is_tiny else "paper")
@@ -701,7 +689,8 @@ def run(args) -> dict | None:
     began, state = time.time(), PartialState(cpu=args.device == "cpu")
     if state.num_processes > 1:
         args.device = str(state.device)
-    vocabulary, (judge, clip, clip_name) = erase.read_vocabulary(args.prompt_dir), load_judges(args)
+    vocabulary = {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | erase.read_vocabulary(args.prompt_dir)
+    judge, clip, clip_name = load_judges(args)
     threshold = judge.threshold if args.threshold is None else args.threshold
     cases = make_cases(args, vocabulary, clip)
     by_set = Counter(c["set"] for c in cases)
@@ -712,18 +701,18 @@ def run(args) -> dict | None:
         fid_metric(features, min([by_set["retain"], *([len(args.real_files)] if args.real else [])]))
     for file in args.real_files:
         check_picture(file)
-    nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 or "nudity" in args.concept else None
+    nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 or "nudity" in args.concepts else None
 
     pipe = erase.load_pipeline(args.model, args.device)
-    base = Column("base", args.out_dir / "base", lambda: pipe, weights=erase.fingerprint(pipe.transformer), closed=0.0)
+    base = Column("base", args.out_dir / "base", lambda: pipe, weights=erase.fingerprint(pipe.transformer))
     erased = [make_column(path, args, pipe) for path in args.paths]
     columns = [base, *erased]
     if args.controls:
-        columns.append(Column("base again", args.out_dir / "base_again", base.load, {}, base.weights, 0.0))
-        if ours := next((c for c in erased if c.gates), None):
-            columns.append(Column("random gates", args.out_dir / "random_gates", base.load, random_mask(ours.gates), ours.weights, ours.closed))
-            if (Path(ours.name) / "state.safetensors").is_file():
-                columns.append(Column("soft gates", args.out_dir / "soft_gates", base.load, soft_gates(Path(ours.name)), ours.weights))
+        columns.append(Column("base again", args.out_dir / "base_again", base.load, {}, base.weights))
+        if masked := next((c for c in erased if c.gates), None):
+            columns.append(Column("random gates", args.out_dir / "random_gates", base.load, random_mask(masked.gates), masked.weights))
+            if (Path(masked.name) / "state.safetensors").is_file():
+                columns.append(Column("soft gates", args.out_dir / "soft_gates", base.load, soft_gates(Path(masked.name)), masked.weights))
     about = dict(concept=args.concept, model=erase.portable_name(args.model), dtype=str(pipe.dtype), height=args.height, width=args.width,
                  num_inference_steps=args.num_inference_steps, max_sequence_length=args.max_sequence_length)
     check_columns(columns, cases, about, args, state)
@@ -737,7 +726,7 @@ def run(args) -> dict | None:
     pipe.to("cpu")
     for each in filter(None, (judge, clip)):
         each.model.to(args.device)
-    scores = {c.name: judged(c, cases, judge, lambda word: judge.form.format(question(word, vocabulary)), state) for c in columns}
+    scores = {c.name: judged(c, cases, judge, lambda word: judge.form.format(vocabulary[word]["question"]), state) for c in columns}
     if not state.is_main_process:
         return None
     results = {}
@@ -749,18 +738,22 @@ def run(args) -> dict | None:
             erase.write_atomically(args.out_dir / f"nudenet_{c.folder.name}.json", lambda p: p.write_text(json.dumps(boxes)))
             results[c.name] |= nudenet.rates(list(boxes.values()))
     snapshot = None if Path(args.model).exists() else try_to_load_from_cache(args.model, "model_index.json")
-    prompt_files = [args.prompts, *(args.prompt_dir / f"{c.lower().replace(' ', '_')}.csv" for c in args.concept), args.retain, *args.prompt_dir.glob("[rtv]e*.csv")]
-    about |= dict(model_revision=Path(snapshot).parent.name if isinstance(snapshot, str) else None, base_fingerprint=base.weights, weights={c.name: c.weights for c in erased},
-                  judge=erase.portable_name(args.judge), judge_revision=getattr(judge.model.config, "_commit_hash", None), judge_fingerprint=erase.fingerprint(judge.model),
-                  threshold=threshold, clip_backbone=clip and erase.portable_name(clip_name), clip_fingerprint=clip and erase.fingerprint(clip.model), fid_features=args.fid,
-                  nudenet=None if not nudenet else "2" if args.nudenet_v2 else "3.4.2", pictures=by_set, prompts_about_minors_dropped=args.dropped,
-                  seeds="each prompt's evaluation_seed, + 100,000 for each repetition",
-                  versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers, torchmetrics)})
+    ours = [args.prompt_dir / f"{name.replace(' ', '_')}.csv" for name in (*args.concepts, "templates", "retain", "vocabulary")]
+    used = [f for f in (*ours, *(Path(spec.partition("#")[0]) for spec in (args.prompts, args.retain) if spec)) if f.is_file()]
+    about |= dict(
+        model_revision=Path(snapshot).parent.name if isinstance(snapshot, str) else None, base_fingerprint=base.weights, weights={c.name: c.weights for c in erased},
+        judge=erase.portable_name(args.judge), judge_revision=getattr(judge.model.config, "_commit_hash", None), judge_fingerprint=erase.fingerprint(judge.model),
+        threshold=threshold, clip_backbone=clip and erase.portable_name(clip_name), clip_fingerprint=clip and erase.fingerprint(clip.model),
+        fid_features=args.fid, nudenet=nudenet and ("2" if args.nudenet_v2 else version("nudenet")), pictures=by_set, prompts_about_minors_dropped=args.dropped,
+        prompt_files={erase.portable_name(str(f)): hashlib.sha256(f.read_bytes()).hexdigest() for f in used}, seeds="each prompt's evaluation_seed, + 100,000 for each repetition",
+        versions={name: version(name) for name in ("torch", "diffusers", "transformers", "torchmetrics")})
+    readable = {name: {f"{set_}/{case}.png, {metric} {word}": None if math.isnan(s) else s for (set_, case, metric, word), s in each.items()} for name, each in scores.items()}
+    erase.write_atomically(args.out_dir / "scores.json", lambda p: p.write_text(json.dumps(readable, indent=1) + "\n"))
     write_report(results, about, base, erased, cases, scores, args.out_dir)
     final = dict(about=about, results=results, seconds=dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1)))
     erase.write_atomically(args.out_dir / "results.json", lambda p: p.write_text(json.dumps(final, indent=1) + "\n"))
     print(layout(table(results)))
-    print(f"wrote {args.out_dir}/: results.json report.md grid.png; {final['seconds']['all']} s, of which {final['seconds']['drawing']} s drawing", flush=True)
+    print(f"wrote {args.out_dir}/: results.json scores.json report.md grid.png; {final['seconds']['all']} s, of which {final['seconds']['drawing']} s drawing", flush=True)
     return results
 
 
