@@ -473,7 +473,7 @@ def test_evaluation_controls(evaluation):
     """The base drawn again is the base; as many gates closed at random are as many; binary gates leave no gap to the soft ones."""
     base, ours, again, random, soft = evaluation[1]["results"].values()
     assert again == base and base["ssim"] == 1 and ours["ssim"] < 1
-    assert random["closed"] == ours["closed"] > 0 and soft["acc"] == ours["acc"]
+    assert random["closed"] == ours["closed"] > 0 and random["ssim"] != ours["ssim"] and soft["acc"] == ours["acc"]
 
 
 def test_acc_agrees_with_an_independent_count(evaluation):
@@ -696,9 +696,9 @@ def test_compare_takes_baselines(erased, evaluation, tmp_path):
     out, results = evaluation
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours/transformer").symlink_to(erased / "transformer")
-    compared = score("--compare", erased, tmp_path / "ours", "tiny/flux", out / "base", *EVALUATE, "--out_dir", tmp_path / "out")["results"]
-    base, ours, transformer, pipeline, pictures = ({k: v for k, v in r.items() if k != "closed"} for r in compared.values())
-    assert ours == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
+    compared = score("--compare", erased, tmp_path / "ours", erased / "transformer", "tiny/flux", out / "base", *EVALUATE, "--out_dir", tmp_path / "out")["results"]
+    base, ours, inside, transformer, pipeline, pictures = ({k: v for k, v in r.items() if k != "closed"} for r in compared.values())
+    assert ours == inside == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
 
 
 BAD_EVALUATIONS = [
@@ -709,7 +709,7 @@ BAD_EVALUATIONS = [
     (["{unfinished}"], "no mask.safetensors"),
     (["{foreign}"], "made for base weights"),
     (["{erased}", "--num_pictures", "0"], "--num_pictures: must be at least 1"),
-    (["{erased}", "--num_pictures", "20"], "--fid: 20 retain pictures, but covariances of 128 features need more"),
+    (["{erased}", "--num_pictures", "20"], "--fid: 20 pictures, but covariances of 128 features need more"),
     (["{erased}", "--judge", "no/such"], "--judge: cannot load no/such"),
     (["{erased}", "--judge", "tiny/flux/text_encoder_2"], "neither compares pictures with texts"),
     (["{erased}", "--prompts", "prompts/gun.csv", "--where", "n=1"], "--where: 'n=1' is no condition on case_number"),
