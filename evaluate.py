@@ -24,13 +24,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
-import erase                                                          # before transformers, which it keeps quiet
-import diffusers
+import erase                                                          # first: it keeps transformers quiet
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageOps
 from safetensors import safe_open
@@ -390,7 +389,7 @@ def make_column(path: Path, args, base) -> Column:
     for folder in (path, path / "transformer"):
         if read_config(folder).get("_class_name") == "FluxTransformer2DModel":
             load = lambda: FluxTransformer2DModel.from_pretrained(folder, dtype=base.transformer.dtype).to(args.device)
-            return Column(str(path), home, lambda: diffusers.FluxPipeline(**base.components | dict(transformer=load())), weights=weights)
+            return Column(str(path), home, lambda: FluxPipeline(**base.components | dict(transformer=load())), weights=weights)
     if any(path.glob("*/*.png")):
         return Column(str(path), path)
     raise UserError(f"{path}: is empty, or holds neither an erased model, a diffusers model nor pictures")

@@ -644,6 +644,19 @@ def test_nudenet_table(tmp_path):
         nudenet(write(tmp_path / "b.png", "no picture"))
 
 
+def test_unparsable_answers_are_counted(erased, tmp_path, capsys, monkeypatch):
+    """A random LLaVA hardly ever says yes or no: a whole evaluation by it, with NudeNet, counts every answer that is neither, and stores every box."""
+    monkeypatch.chdir(HERE)
+    save_small("llava", tmp_path / "llava")
+    assert evaluate.main([str(erased), "--judge", str(tmp_path / "llava"), "--nudenet", "--num_pictures", "3", "--per_neighbour", "0", "--fid", "none", "--device", "cpu",
+                          "--out_dir", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert "unparsable" in capsys.readouterr().out
+    for column, file in zip(results.values(), ("nudenet_base.json", "nudenet_*gun.json")):
+        assert column["acc"]["n"] + column["acc"]["unparsable"] == column["nude, 9 classes at 0.6"]["n"] == 3
+        assert len(json.loads(next((tmp_path / "out").glob(file)).read_text())) == 3
+
+
 def onnx_constants(path, **outputs):
     """An ONNX model (protobuf, written by hand) that returns the given arrays for any (1, H, W, 3) picture."""
     import numpy as np
