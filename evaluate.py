@@ -153,17 +153,17 @@ class DetectorJudge:
         return self.model(**inputs).logits.float().sigmoid().max().item()
 
 
-def judge_class(name: str):
+def judge_class(name: str, flag: str = "--judge"):
     """The judge for a checkpoint, by its configuration alone. Raises UserError."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--judge: cannot load {name}: {first_line(error)}") from None
+        raise UserError(f"{flag}: cannot load {name}: {first_line(error)}") from None
     for mapping, judge in ((MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING, ClipJudge), (MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING, DetectorJudge),
                            (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, VlmJudge)):
         if type(config) in mapping:
             return judge
-    raise UserError(f"--judge: {name} is a {config.model_type}, which neither compares pictures with texts, nor detects by text, nor answers questions")
+    raise UserError(f"{flag}: {name} is a {config.model_type}, which neither compares pictures with texts, nor detects by text, nor answers questions")
 
 
 EXPOSED_5 = ("FEMALE_BREAST", "FEMALE_GENITALIA", "MALE_GENITALIA", "BUTTOCKS", "ANUS")
@@ -463,7 +463,7 @@ def fid_metric(features, pictures: int) -> FrechetInceptionDistance:
     the covariances are singular and an FID means little."""
     size = getattr(features, "num_features", features)
     if pictures <= size:
-        raise UserError(f"--fid: {pictures} pictures, but covariances of {size} features need more than that: raise --num_pictures or take --fid none")
+        raise UserError(f"--fid: {pictures} pictures, but covariances of {size} features need more than that: more --num_pictures (or pictures in --real), or --fid none")
     try:
         return FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
     except (ModuleNotFoundError, OSError) as error:
@@ -516,7 +516,8 @@ def score_column(column: Column, base: Column, base_out: dict | None, cases, sco
     by_set = lambda s: [c for c in cases if c["set"] == s]
     size, retain = (args.width, args.height), column.files(by_set("retain"))
     for set_ in ("concept", "retain") if clip else ():
-        similarity = [(clip.embed_pictures(open_pictures(column.files(part))) * clip.embed_texts([c["prompt"] for c in part])).sum(1) for part in batches(by_set(set_), 32)]
+        cosine = lambda part: (clip.embed_pictures(open_pictures(column.files(part))) * clip.embed_texts([c["prompt"] for c in part])).sum(1)
+        similarity = [cosine(part) for part in batches(by_set(set_), 32)]
         out[f"clip score, {set_} prompts"] = round(100 * torch.cat(similarity).clamp(min=0).mean().item(), 3)
     out["ssim"] = round(ssim(base.files(by_set("retain")), retain), 4)
     for name, real in (("base", base.files(by_set("retain"))), ("real", args.real_files)) if features else ():
@@ -561,18 +562,18 @@ def summary(evaluations: dict[str, dict]) -> str:
 def write_report(results: dict, about: dict, base: Column, erased: list[Column], cases, scores, out_dir: Path) -> None:
     """report.md and grid.png: same-seed pairs, and for each model the worst failures by the judge's score."""
     rows, of_set = table(results), lambda *sets: [c for c in cases if c["set"] in sets]
-    asked = lambda column, c, metrics: [0.0 if math.isnan(s := scores[column.name][c["set"], c["name"], m, w]) else s for m, w in c["asks"] if m in metrics]
+    score = lambda column, c, ask: 0.0 if math.isnan(s := scores[column.name][c["set"], c["name"], *ask]) else s
     label = lambda title, column: f"{title}\n" + textwrap.fill("/".join(Path(column.name).parts[-2:]), 18)
     sheet = [(label(title, column), open_pictures(column.files(of_set(set_)[:6])))
              for title, set_ in (("concept", "concept"), ("others", "retain")) for column in (base, *erased)]
     worst = []
     for column in erased:
-        seen = [(max(asked(column, c, ("acc",))), c) for c in of_set("concept")]
-        fell = [(max((b - a for b, a in zip(*(asked(x, c, ("others", "neighbours")) for x in (base, column)))), default=-1), c) for c in of_set("retain", "neighbours")]
+        seen = [(score(column, c, c["asks"][0]), c) for c in of_set("concept")]                         # acc is asked first
+        fell = [(max((score(base, c, ask) - score(column, c, ask) for ask in c["asks"]), default=-1), c) for c in of_set("retain", "neighbours")]
         for title, of in (("most of it left", seen), ("most lost", fell)):
-            part = sorted(of, key=lambda score_case: -score_case[0])[:6]
+            part = sorted(of, key=lambda pair: -pair[0])[:6]
             sheet += [(label(title, x), open_pictures(x.files([c for _, c in part]))) for x in (base, column)]
-            worst += [f"* {column.name}, {title} ({score:.2f}): {c['set']}/{c['name']}.png, {c['prompt']}" for score, c in part]
+            worst += [f"* {column.name}, {title} ({x:.2f}): {c['set']}/{c['name']}.png, {c['prompt']}" for x, c in part]
     erase.save_preview(out_dir / "grid.png", sheet)
     (out_dir / "report.md").write_text("\n".join([
         f"# {', '.join(about['concept'])}: {', '.join(c.name for c in erased)}", "",
@@ -675,7 +676,7 @@ def load_judges(args) -> tuple:
     kind, dtype = judge_class(args.judge), erase.default_dtype(args.device)
     judge = kind(args.judge, "cpu", dtype)
     name = args.clip or (args.judge if kind is ClipJudge else str(HERE / "tiny/judge") if args.is_tiny else "openai/clip-vit-large-patch14")
-    if name != "none" and judge_class(name) is not ClipJudge:
+    if name != "none" and judge_class(name, "--clip") is not ClipJudge:
         raise UserError(f"--clip: {name} is no SigLIP or CLIP model")
     clip = None if name == "none" else judge if name == args.judge else ClipJudge(name, "cpu", dtype)
     if args.fid == "judge" and not clip:
