@@ -436,8 +436,9 @@ def draw_missing(column: Column, cases: list[dict], args, state) -> None:
             for part in tqdm(todo, desc=f"draw {column.name}", disable=not state.is_local_main_process):
                 drawn = erase.draw(pipe, [c["prompt"] for c in part], [c["seed"] for c in part], args, batch=args.batch)
                 for file, picture in zip(column.files(part), drawn):
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    erase.write_atomically(file, lambda p: picture.save(p, format="png"))
+                    if not file.exists():
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        erase.write_atomically(file, lambda p: picture.save(p, format="png"))
     state.wait_for_everyone()
 
 

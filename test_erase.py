@@ -364,7 +364,7 @@ BAD = [
     (["--batch", "-1"], "--batch: must be at least 1"),
     (["--beta", "-1"], "--beta: must be a number >= 0"),
     (["--lr_ffn", "nan"], "--lr_ffn: must be a number >= 0"),
-    (["--height", "60"], "--height: must be a multiple of 16"),
+    (["--height", "60"], "--height: must be at least 16 and a multiple of 16"),
     (["--modules", "ffn", "bias"], "argument --modules: invalid choice: 'bias'"),
     (["--gate", "step"], "argument --gate: invalid choice: 'step'"),
     (["--concept", " "], "--concept: is empty"),
@@ -504,7 +504,7 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation):
 def test_killed_evaluation_goes_on(erased, evaluation, tmp_path):
     """Killed while drawing, the same command ends in the pictures and figures of an uninterrupted one."""
     out, results = evaluation
-    process = subprocess.Popen([sys.executable, "evaluate.py", str(erased), *EVALUATE, "--controls", "--batch", "4", "--out_dir", str(tmp_path)], cwd=HERE, stdout=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, "evaluate.py", str(erased), *EVALUATE, "--controls", "--out_dir", str(tmp_path)], cwd=HERE, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
     while not list(tmp_path.glob("*gun/concept/*.png")) and process.poll() is None:
         time.sleep(0.01)
@@ -732,7 +732,7 @@ BAD_EVALUATIONS = [
     (["{erased}", "--prompts", "hf:tiny/no_such"], "--prompts: cannot load tiny/no_such"),
     (["{erased}", "--prompts", "{bad}/p.csv"], "has no column 'prompt'; it has text"),
     (["{erased}", "--bogus"], "unrecognized arguments: --bogus"),
-    (["{erased}", "--height", "30"], "--height: must be a multiple of 16"),
+    (["{erased}", "--height", "30"], "--height: must be at least 16 and a multiple of 16"),
     (["{erased}", "--device", "nope"], "--device: nope"),
     (["{erased}", "--threshold", "2"], "--threshold: must be between 0 and 1"),
     (["{erased}", "--clip", "no/such"], "cannot load no/such"),
