@@ -733,7 +733,6 @@ BAD_EVALUATIONS = [
     (["{erased}", "--prompts", "{bad}/p.csv"], "has no column 'prompt'; it has text"),
     (["{erased}", "--bogus"], "unrecognized arguments: --bogus"),
     (["{erased}", "--height", "30"], "--height: must be at least 16 and a multiple of 16"),
-    (["{erased}", "--device", "nope"], "--device: nope"),
     (["{erased}", "--threshold", "2"], "--threshold: must be between 0 and 1"),
     (["{erased}", "--clip", "no/such"], "cannot load no/such"),
     (["{erased}", "--clip", "none", "--fid", "none"], "--clip none: the nearest concepts"),
