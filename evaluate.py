@@ -698,10 +698,10 @@ def run(args) -> dict | None:
     features = None if args.fid == "none" else JudgeFeatures(clip) if args.fid == "judge" else 2048
     if args.real and not features:
         raise UserError("--real: goes with --fid judge or inception")
-    if features:
-        fid_metric(features, min([by_set["retain"], *([len(args.real_files)] if args.real else [])]))
     for file in args.real_files:
         check_picture(file)
+    if features:
+        fid_metric(features, min([by_set["retain"], *([len(args.real_files)] if args.real else [])]))
     nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 or "nudity" in args.concepts else None
 
     pipe = erase.load_pipeline(args.model, args.device)
