@@ -70,7 +70,26 @@ def first_line(error: Exception) -> str:
 
 
 class UserError(Exception):
-    """Bad input: main() prints it as one line and exits with 2."""
+    """Bad input: exit_code() prints it as one line and returns 2."""
+
+
+def exit_code(script: str, run) -> int:
+    """run(); bad input is one line and 2, a failure one line and 1."""
+    try:
+        run()
+    except (UserError, json.JSONDecodeError) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def portable_name(name: str) -> str:
+    """A hub id as it is, a path inside this kit relative to it, any other path absolute."""
+    path = Path(name).resolve()
+    return name if not path.exists() else str(path.relative_to(HERE) if path.is_relative_to(HERE) else path)
 
 
 # ------------------------------------------------------------------------------------------------------------ gates
@@ -785,8 +804,7 @@ def prepare(args) -> tuple:
     free = shutil.disk_usage(next(p for p in (args.out_dir.absolute(), *args.out_dir.absolute().parents) if p.exists())).free
     if free < needed:
         raise UserError(f"--out_dir: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed; --save mask needs little")
-    folder = Path(args.model).resolve()
-    model = args.model if not folder.exists() else str(folder.relative_to(HERE)) if folder.is_relative_to(HERE) else str(folder)
+    model = portable_name(args.model)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "dry_run", "prompt_dir", "why", "device", "save_every", "out_dir", "is_tiny")}
     config |= dict(model=model, device_type=torch.device(args.device).type, versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers)})
@@ -850,15 +868,7 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (UserError, json.JSONDecodeError) as error:
-        print(f"erase.py: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"erase.py: failed: {first_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code("erase.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

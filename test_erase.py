@@ -15,7 +15,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""      # the oracles are fp32 on the CPU
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import attacks
 import bench
@@ -390,7 +390,7 @@ BAD = [
     (["--hard", "1.5"], "--hard: must be between 0 and 1, not 1.5"),
     (["--max_closed", "-0.1"], "--max_closed: must be between 0 and 1, not -0.1"),
     (["--lr_ffn", "nan"], "--lr_ffn: must be a number >= 0"),
-    (["--height", "60"], "--height: must be a multiple of 16"),
+    (["--height", "60"], "--height: must be at least 16 and a multiple of 16"),
     (["--modules", "ffn", "bias"], "argument --modules: invalid choice: 'bias'"),
     (["--gate", "step"], "argument --gate: invalid choice: 'step'"),
     (["--concept", " "], "--concept: is empty"),
@@ -499,7 +499,7 @@ def test_evaluation_controls(evaluation):
     """The base drawn again is the base; as many gates closed at random are as many; binary gates leave no gap to the soft ones."""
     base, ours, again, random, soft = evaluation[1]["results"].values()
     assert again == base and base["ssim"] == 1 and ours["ssim"] < 1
-    assert random["closed"] == ours["closed"] > 0 and soft["acc"] == ours["acc"]
+    assert random["closed"] == ours["closed"] > 0 and random["ssim"] != ours["ssim"] and soft["acc"] == ours["acc"]
 
 
 def test_acc_agrees_with_an_independent_count(evaluation):
@@ -527,6 +527,33 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation):
     assert lost.read_bytes() == picture and before == [f.stat().st_mtime_ns for f in (out / "base/retain").glob("*.png")]
 
 
+def test_killed_evaluation_goes_on(erased, evaluation, tmp_path):
+    """Killed while drawing, the same command ends in the pictures and figures of an uninterrupted one."""
+    out, results = evaluation
+    process = subprocess.Popen([sys.executable, "evaluate.py", str(erased), *EVALUATE, "--controls", "--out_dir", str(tmp_path)], cwd=HERE, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while not list(tmp_path.glob("*gun/concept/*.png")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill(), process.wait()
+    drawn = list(tmp_path.glob("*/*/*.png"))
+    assert 38 < len(drawn) < 5 * 38 and not (tmp_path / "results.json").exists()
+    assert score(erased, *EVALUATE, "--controls", "--out_dir", tmp_path) == results
+    assert all(f.read_bytes() == (out / f.relative_to(tmp_path)).read_bytes() for f in tmp_path.glob("*/*/*.png"))
+
+
+def test_pictures_of_other_weights_are_refused(erased, evaluation, capsys, monkeypatch, pipe):
+    """Pictures drawn under an earlier mask do not count as those of the mask that is there now."""
+    monkeypatch.chdir(HERE)
+    file, before = erased / "mask.safetensors", (erased / "mask.safetensors").read_bytes()
+    mask = erase.load_mask(file, pipe.transformer)
+    try:
+        erase.save_mask(file, {site: 1 - g for site, g in mask.items()}, erase.fingerprint(pipe.transformer))
+        assert evaluate.main([str(erased), *EVALUATE, "--out_dir", str(evaluation[0])]) == 2
+    finally:
+        file.write_bytes(before)
+    assert "holds pictures of other prompts, sizes or weights" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_two_processes_score_as_one(erased, evaluation, tmp_path):
     """Two CPU processes (torchrun, gloo) draw and judge one half each and give the figures of one."""
     assert score(erased, *EVALUATE, "--controls", "--out_dir", tmp_path, launch=TWO_PROCESSES, says="on 2 processes") == evaluation[1]
@@ -540,7 +567,14 @@ def test_wilson_interval_solves_its_equation(hits, n):
     assert evaluate.rate([1, 0, float("nan"), 1]) == evaluate.rate([1, 0, 1]) | dict(unparsable=1)
 
 
-def test_fid_agrees_with_the_formula():
+def save_pictures(folder, pictures):
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i:03d}.png")
+    return sorted(folder.iterdir())
+
+
+def test_fid_agrees_with_the_formula(tmp_path):
     """torchmetrics' FID on the judge's features equals |m - m'|^2 + tr(S + S' - 2 (S S')^1/2) in plain NumPy; too few pictures are refused."""
     import numpy as np
     from PIL import Image
@@ -550,15 +584,16 @@ def test_fid_agrees_with_the_formula():
     a, b = (judge.embed_pictures(p).double().numpy() for p in (real, fake))
     s, t = np.cov(a.T), np.cov(b.T)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * np.sqrt(np.linalg.eigvals(s @ t).astype(complex)).real.sum()
-    assert abs(evaluate.fid(real, fake, evaluate.JudgeFeatures(judge)) - expected) < 1e-3 < expected
+    real, fake = save_pictures(tmp_path / "real", real), save_pictures(tmp_path / "fake", fake)
+    assert abs(evaluate.fid(real, fake, evaluate.JudgeFeatures(judge), (64, 64)) - expected) < 1e-3 < expected
     with pytest.raises(erase.UserError, match="more than that"):
-        evaluate.fid(real[:100], fake, evaluate.JudgeFeatures(judge))
+        evaluate.fid(real[:100], fake, evaluate.JudgeFeatures(judge), (64, 64))
 
 
-def test_ssim_tells_noise_apart(pipe):
+def test_ssim_tells_noise_apart(pipe, tmp_path):
     """SSIM of a list with itself is 1, of the base with itself under other noise clearly less."""
     prompts = ["a gun on a red background", "a cat and a dog on a blue background", "an owl on a white background"]
-    a, b = (erase.draw(pipe, prompts, seeds, SIZE) for seeds in ([1, 2, 3], [4, 5, 6]))
+    a, b = (save_pictures(tmp_path / str(seeds[0]), erase.draw(pipe, prompts, seeds, SIZE)) for seeds in ([1, 2, 3], [4, 5, 6]))
     assert evaluate.ssim(a, a) == 1 and evaluate.ssim(a, b) < 0.9
 
 
@@ -635,6 +670,19 @@ def test_nudenet_table(tmp_path):
         nudenet(write(tmp_path / "b.png", "no picture"))
 
 
+def test_unparsable_answers_are_counted(erased, tmp_path, capsys, monkeypatch):
+    """A random LLaVA hardly ever says yes or no: a whole evaluation by it, with NudeNet, counts every answer that is neither, and stores every box."""
+    monkeypatch.chdir(HERE)
+    save_small("llava", tmp_path / "llava")
+    assert evaluate.main([str(erased), "--judge", str(tmp_path / "llava"), "--nudenet", "--num_pictures", "3", "--per_neighbour", "0", "--fid", "none", "--device", "cpu",
+                          "--out_dir", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert "unparsable" in capsys.readouterr().out
+    for column, file in zip(results.values(), ("nudenet_base.json", "nudenet_*gun.json")):
+        assert column["acc"]["n"] + column["acc"]["unparsable"] == column["nude, 9 classes at 0.6"]["n"] == 3
+        assert len(json.loads(next((tmp_path / "out").glob(file)).read_text())) == 3
+
+
 def onnx_constants(path, **outputs):
     """An ONNX model (protobuf, written by hand) that returns the given arrays for any (1, H, W, 3) picture."""
     import numpy as np
@@ -687,9 +735,9 @@ def test_compare_takes_baselines(erased, evaluation, tmp_path):
     out, results = evaluation
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours/transformer").symlink_to(erased / "transformer")
-    compared = score("--compare", erased, tmp_path / "ours", "tiny/flux", out / "base", *EVALUATE, "--out_dir", tmp_path / "out")["results"]
-    base, ours, transformer, pipeline, pictures = ({k: v for k, v in r.items() if k != "closed"} for r in compared.values())
-    assert ours == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
+    compared = score("--compare", erased, tmp_path / "ours", erased / "transformer", "tiny/flux", out / "base", *EVALUATE, "--out_dir", tmp_path / "out")["results"]
+    base, ours, inside, transformer, pipeline, pictures = ({k: v for k, v in r.items() if k != "closed"} for r in compared.values())
+    assert ours == inside == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
 
 
 BAD_EVALUATIONS = [
@@ -700,44 +748,59 @@ BAD_EVALUATIONS = [
     (["{unfinished}"], "no mask.safetensors"),
     (["{foreign}"], "made for base weights"),
     (["{erased}", "--num_pictures", "0"], "--num_pictures: must be at least 1"),
-    (["{erased}", "--num_pictures", "20"], "--fid: 20 retain pictures, but covariances of 128 features need more"),
+    (["{erased}", "--num_pictures", "20"], "--fid: 20 pictures, but covariances of 128 features need more"),
     (["{erased}", "--judge", "no/such"], "--judge: cannot load no/such"),
     (["{erased}", "--judge", "tiny/flux/text_encoder_2"], "neither compares pictures with texts"),
-    (["{erased}", "--prompts", "prompts/gun.csv", "--where", "n=1"], "--where: 'n=1' is not"),
+    (["{erased}", "--prompts", "prompts/gun.csv", "--where", "n=1"], "--where: 'n=1' is no condition on case_number"),
     (["{erased}", "--where", "n>1"], "--where: goes with --prompts"),
     (["{erased}", "--prompts", "none.txt"], "--prompts: cannot read none.txt"),
     (["{erased}", "--prompts", "hf:no/such#prompt"], "--prompts: cannot load no/such"),
     (["{erased}", "--prompts", "hf:tiny/no_such"], "--prompts: cannot load tiny/no_such"),
     (["{erased}", "--prompts", "{bad}/p.csv"], "has no column 'prompt'; it has text"),
+    (["{erased}", "--bogus"], "unrecognized arguments: --bogus"),
+    (["{erased}", "--height", "30"], "--height: must be at least 16 and a multiple of 16"),
+    (["{erased}", "--threshold", "2"], "--threshold: must be between 0 and 1"),
+    (["{erased}", "--clip", "no/such"], "cannot load no/such"),
+    (["{erased}", "--clip", "none", "--fid", "none"], "--clip none: the nearest concepts"),
+    (["{erased}", "--judge", "{half}"], "has no weights for vision_model"),
+    (["{erased}", "--prompts", "{bad}/seed.csv"], "evaluation_seed 'x' is not a whole number"),
+    (["{erased}", "--real", "{bad}"], "is no whole picture"),
+    (["{erased}", "--real", "{pictures}/concept"], "--fid: 1 pictures, but covariances of 128 features"),
+    (["--compare", "{erased}", "{erased}"], "two columns of the same name"),
+    (["{broken}"], "config.json: Expecting"),
     (["--compare", "{sizes}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "1", "--per_neighbour", "0"], "is 32 x 32 pixels, not 64 x 64"),
     (["{erased}", "--real", "no_such_folder"], "--real: no_such_folder is no folder"),
-    (["{erased}", "--nudenet_v2", "v2.onnx"], "--nudenet_v2: v2.onnx or"),
-    (["--compare", "{pictures}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "2", "--per_neighbour", "0"], "no picture concept/"),
+    (["{erased}", "--nudenet_v2", "v2.onnx"], "--nudenet_v2: cannot load v2.onnx"),
+    (["--compare", "{pictures}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "2", "--per_neighbour", "0"], "no such picture"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", BAD_EVALUATIONS, ids=[m[:40] for _, m in BAD_EVALUATIONS])
 def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatch):
-    """Bad input ends in exit code 2 and one line, before any picture of the erased model is drawn."""
+    """Bad input ends in exit code 2 and one line, before any picture is drawn."""
     from PIL import Image
     monkeypatch.chdir(HERE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("empty", "unfinished", "foreign", "pictures/concept"):
+    for name in ("empty", "unfinished", "foreign", "broken", "pictures/concept"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("unfinished", "foreign"):
         (tmp_path / name / "config.json").write_bytes((erased / "config.json").read_bytes())
     erase.save_mask(tmp_path / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123")
     Image.new("RGB", (64, 64)).save(tmp_path / "pictures/concept/00000_1.png")
-    (tmp_path / "bad").mkdir(), write(tmp_path / "bad/p.csv", "text\na gun\n")
+    (tmp_path / "bad").mkdir(), write(tmp_path / "bad/p.csv", "text\na gun\n"), write(tmp_path / "bad/seed.csv", "prompt,evaluation_seed\na gun,x\n")
+    write(tmp_path / "broken/config.json", "{")
+    if "{half}" in arguments:                                          # a CLIP whose vision tower has no weights
+        save_small("clip", tmp_path / "half")
+        save_file({k: v for k, v in load_file(tmp_path / "half/model.safetensors").items() if "vision" not in k}, tmp_path / "half/model.safetensors")
     if "{sizes}" in arguments:
         for file, size in (("concept/00000_1024", 64), ("synonyms/00000_1024", 32), ("retain/00000_1400", 64)):
             (tmp_path / "sizes" / file).parent.mkdir(parents=True)
             Image.new("RGB", (size, size)).save(tmp_path / f"sizes/{file}.png")
-    folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "pictures", "bad", "sizes")})
+    folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "broken", "pictures", "bad", "sizes", "half")})
     code = evaluate.main([a.format(**folders) for a in arguments] + ["--device", "cpu", "--out_dir", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
-    assert not list((tmp_path / "out").glob("*erased*/**/*.png"))
+    assert not list((tmp_path / "out").glob("**/*.png"))
 
 
 # ---------------------------------------------------------------------------------------------------------- attacks
