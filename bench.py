@@ -4,8 +4,8 @@
     python bench.py --full --out bench/h100.json           # FLUX.1-schnell's true size, random weights, on a GPU; run it again to go on
     python bench.py --table bench/*.json                   # README's cost tables from such files
 
-Forward-equivalents: seconds of the optimiser step for one sampling step, over those of one gated forward without gradients on the same pictures,
-timed in turns. Five forms of the backward through the sampler, which give the same gradients (test_stepwise_backward_equals_autograd): none, step,
+Forward-equivalents: seconds of the optimiser step for one sampling step, over those of one gated forward without gradients on the same pictures
+timed just before; the median of such ratios. Five forms of the backward through the sampler, which give the same gradients (test_stepwise_backward_equals_autograd): none, step,
 block, both of erase.py, and two: the official code's loop, written afresh, with one backward for the gates and one for the latents.
 """
 import argparse
@@ -68,8 +68,8 @@ class Allocated(TorchDispatchMode):
         self.now -= size
 
 
-def clock(device: str, repeats: int, *works, limit: float = 1e9) -> list[float]:
-    """Median seconds of each work after one warm-up, done in turns; no new turn after `limit` seconds."""
+def clock(device: str, repeats: int, *works, limit: float = 1e9) -> list[list[float]]:
+    """Seconds of each work, done in turns, without the warm-up turn; no new turn after `limit` seconds."""
     times, began = [[] for _ in works], time.perf_counter()
     for turn in range(repeats + 1):
         for work, seconds in zip(works, times):
@@ -82,7 +82,7 @@ def clock(device: str, repeats: int, *works, limit: float = 1e9) -> list[float]:
             seconds.append(time.perf_counter() - start)
         if turn and time.perf_counter() - began > limit:
             break
-    return [statistics.median(seconds[1:]) for seconds in times]
+    return [seconds[1:] for seconds in times]
 
 
 def step_of(form, transformer, noise, text, sigmas, grid, gates):
@@ -109,7 +109,7 @@ def measure(form, transformer, case, steps: int, repeats: int, limit: float = 1e
             erase.rollout(transformer, noise, text, sigmas[:2], grid)
 
     work = step_of(form, transformer, noise, text, sigmas, grid, gates)
-    single, seconds = clock(device, repeats, forward, work, limit=limit)
+    singles, seconds = clock(device, repeats, forward, work, limit=limit)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -118,8 +118,8 @@ def measure(form, transformer, case, steps: int, repeats: int, limit: float = 1e
         with Allocated() as memory:
             work()
         peak = memory.peak
-    return dict(form=form, sampling_steps=steps, batch=len(noise), seconds=round(seconds, 4), forward_equivalents=round(seconds / steps / single, 2),
-                mib=round(peak / 2**20, 1))
+    return dict(form=form, sampling_steps=steps, batch=len(noise), seconds=round(statistics.median(seconds), 4),
+                forward_equivalents=round(statistics.median(s / steps / f for f, s in zip(singles, seconds)), 2), mib=round(peak / 2**20, 1))
 
 
 def make_case(transformer, batch: int, height: int, width: int, tokens: int):
@@ -146,8 +146,9 @@ def bench_tiny(args) -> dict:
     size = argparse.Namespace(height=64, width=64, num_inference_steps=4, max_sequence_length=24, seed=0)
     model = attacks.Model(pipe, {}, size)
     rows = model.tables["t5"][torch.randint(len(model.tables["t5"]), (64, attacks.TOKENS))]
+    drawing = lambda: erase.draw(pipe, ["a gun on a red background"] * 32, list(range(32)), size, batch=32)
     with torch.no_grad():
-        drawing, encoding = clock("cpu", 3, lambda: erase.draw(pipe, ["a gun on a red background"] * 32, list(range(32)), size, batch=32), lambda: model.features("t5", rows))
+        drawing, encoding = map(statistics.median, clock("cpu", 3, drawing, lambda: model.features("t5", rows)))
     loops = [dict(loop="evaluate.py, pictures drawn", per_second=round(32 / drawing, 1)), dict(loop="attacks.py, T5 texts", per_second=round(64 / encoding, 1))]
     return out | dict(loops=show("evaluation and attacks", loops))
 
@@ -175,7 +176,7 @@ def bench_full(args, rows: list[dict]) -> dict:
     are there already are kept; after args.limit seconds no new mode begins."""
     began, left, made = time.perf_counter(), [], None
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    tflops = 2 * 8192**3 / clock("cuda", 10, lambda: a @ a)[0] / 1e12
+    tflops = 2 * 8192**3 / statistics.median(clock("cuda", 10, lambda: a @ a)[0]) / 1e12
     for mode in [dict(quantize=q, size=s, form=f, micro_batch=args.micro_batch) for q in args.quantize for s in args.sizes for f in args.forms]:
         if any(mode.items() <= row.items() for row in rows):
             continue

@@ -204,9 +204,9 @@ def allocated(transformer, inputs, steps, checkpoint, modules=("ffn", "norm")):
 
 
 def test_memory_does_not_grow_with_sampling_steps(transformer, inputs):
-    """Peak memory of the step-wise forms: equal within 5 % at 4 and 28 sampling steps, while plain autograd's grows more than fivefold."""
+    """Peak memory of the step-wise forms at 4 and 28 sampling steps: equal within 5 % beside the latents between steps; plain autograd's grows more than fivefold."""
     peaks = {checkpoint: [allocated(transformer, inputs, steps, checkpoint) for steps in (4, 28)] for checkpoint in ("step", "both", "none")}
-    assert all(peaks[c][1] <= 1.05 * peaks[c][0] for c in ("step", "both")) and peaks["none"][1] > 5 * peaks["none"][0], peaks
+    assert all(peaks[c][1] - 24 * inputs[0].nbytes <= 1.05 * peaks[c][0] for c in ("step", "both")) and peaks["none"][1] > 5 * peaks["none"][0], peaks
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -356,7 +356,8 @@ def test_saving_holds_no_weights_in_memory(tmp_path):
     with torch.device("meta"):
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=16, axes_dims_rope=(16, 24, 24))
     model.to_empty(device="cpu").save_pretrained(tmp_path / "transformer", max_shard_size="40MB")
-    mask, peak = random_mask(model), anonymous_memory_of(lambda: erase.save_folded(str(tmp_path), model, mask, tmp_path / "out"))
+    mask = random_mask(model)
+    peak = anonymous_memory_of(lambda: erase.save_folded(str(tmp_path), model, mask, tmp_path / "out"))
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) > 160 * 2**20 and peak < 16 * 2**20, peak
 
 
