@@ -29,6 +29,7 @@ import erase
 
 SCHNELL = dict(patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
                joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=False)
+MATMUL = 8192                                                       # its bf16 product is the peak that --full compares with
 PASSES = dict(none=2, step=3, block=3, both=4, two=4)               # a forward each, and a backward counted as one
 
 
@@ -163,20 +164,20 @@ def forward_flops(size: int) -> int:
     return counter.get_total_flops()
 
 
-def random_schnell(quantize: str) -> FluxTransformer2DModel:
+def random_schnell(quantize: str, device: str) -> FluxTransformer2DModel:
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(device):
         transformer = FluxTransformer2DModel(**SCHNELL).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    return erase.quantized(transformer, quantize, "cuda")
+    return erase.quantized(transformer, quantize, device)
 
 
-def bench_full(args, rows: list[dict]) -> dict:
+def bench_full(args, rows: list[dict], device: str = "cuda") -> dict:
     """One row a mode: FLUX.1-schnell's size, args.micro_batch pictures at a time, projected to steps of 4 concept and 4 retain prompts. Rows that
     are there already are kept; after args.limit seconds no new mode begins."""
     began, left, made = time.perf_counter(), [], None
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    tflops = 2 * 8192**3 / statistics.median(clock("cuda", 10, lambda: a @ a)[0]) / 1e12
+    a = torch.randn(MATMUL, MATMUL, device=device, dtype=torch.bfloat16)
+    tflops = 2 * MATMUL**3 / statistics.median(clock(device, 10, lambda: a @ a)[0]) / 1e12
     for mode in [dict(quantize=q, size=s, form=f, micro_batch=args.micro_batch) for q in args.quantize for s in args.sizes for f in args.forms]:
         if any(mode.items() <= row.items() for row in rows):
             continue
@@ -186,7 +187,7 @@ def bench_full(args, rows: list[dict]) -> dict:
         if made != mode["quantize"]:
             transformer, made = None, mode["quantize"]
             torch.cuda.empty_cache()
-            transformer = random_schnell(made)
+            transformer = random_schnell(made, device)
         torch.cuda.empty_cache()
         try:
             row = measure(mode["form"], transformer, make_case(transformer, args.micro_batch, mode["size"], mode["size"], 256), 4, args.repeats, args.limit - spent)

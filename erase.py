@@ -486,7 +486,8 @@ def offload(transformer: FluxTransformer2DModel, device) -> None:
     """Keep the blocks' weights in CPU memory: each block computes with copies on the device that go when it is done. With block checkpointing
     (only then) autograd keeps no copy either: the recompute makes new ones, which live until the block's backward is through.
 
-    Not diffusers' group offloading: that swaps param.data under autograd, whose saved weights are then back on the CPU in the backward.
+    Not diffusers' group offloading: that swaps param.data under autograd. Linear layers then keep the device's copy alive until the backward, and the
+    RMS norms of q and k find their weight back on the CPU in it.
     """
     def on_device(block, forward, *args, **kwargs):
         weights = [(module, name, p) for module in block.modules() for name, p in module._parameters.items() if p is not None]

@@ -232,7 +232,11 @@ def test_checkpoint_auto_takes_what_fits(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(erase, "free_memory", lambda device: needed)
         assert erase.main([*COMMAND, *size]) == 0
         best = next(m for m in needs if needs[m] <= needed)
-        assert f"checkpoint {best}: needs about" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"checkpoint {best}: needs about" in printed
+        if mode == "both":
+            write(tmp_path / "config.json", printed[printed.index("{"):])
+    assert erase.main([*COMMAND, *size[:-1], str(tmp_path), "--resume"]) == 0 and "checkpoint both: needs about" in capsys.readouterr().out
     monkeypatch.setattr(erase, "free_memory", lambda device: min(needs.values()) - 1)
     assert erase.main([*COMMAND, *size]) == 2
     error = capsys.readouterr().err
@@ -983,3 +987,15 @@ def test_flops_of_full_size_flux():
     tokens, width, blocks = 512 * 512 // 256 + 256, 24 * 128, 19 + 38
     by_hand = blocks * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
     assert abs(bench.forward_flops(512) / by_hand - 1) < 0.02
+
+
+def test_full_bench_goes_on_where_it_stopped(monkeypatch):
+    """bench.py --full's code on the CPU at a small size: a row per mode, nothing begun after the limit, and known rows kept."""
+    monkeypatch.setattr(bench, "SCHNELL", bench.SCHNELL | dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
+    monkeypatch.setattr(bench, "MATMUL", 64)
+    args = argparse.Namespace(quantize=["none"], sizes=[16, 32], forms=["none", "both"], micro_batch=2, repeats=1, limit=0)
+    assert len(bench.bench_full(args, [dict(known=1)], "cpu")["not_measured"]) == 4
+    args.limit = 100
+    rows = bench.bench_full(args, [], "cpu")["full"]
+    assert [(r["size"], r["form"]) for r in rows] == [(16, "none"), (16, "both"), (32, "none"), (32, "both")] and all(r["sec_per_step"] > 0 for r in rows)
+    assert bench.bench_full(args, list(rows), "cpu")["full"] == rows
