@@ -974,8 +974,9 @@ def run(args) -> None:
         save_folded(args.model, pipe.transformer, mask, out_dir / "transformer")
     closed = sum((g == 0).sum().item() for g in mask.values())
     hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; {f'with {args.quantize} weights, ' * (args.quantize != 'none')}error to the neutral "
-               f"picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
+    summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; "
+               + f"with {args.quantize} weights, " * (args.quantize != "none")
+               + f"error to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
     (out_dir / "README.md").write_text(MODEL_CARD.format(**vars(args) | config | dict(
         modules=" and ".join(args.modules), concepts=", ".join(args.concept), pairs=len(pairs), retain=len(retain), summary=summary,
         held_out=len(held_out), fingerprint=base)))
