@@ -529,10 +529,9 @@ def offload(transformer: FluxTransformer2DModel, device) -> None:
             for module, name, p in weights:
                 module._parameters[name] = p
 
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    for block in blocks:
-        if torch.device(device).type == "cuda":                    # page-locked memory copies faster, and without waiting
-            for p in block.parameters():
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        for p in block.parameters():                               # page-locked memory copies faster, and without waiting
+            if torch.device(device).type == "cuda" and type(p.data) is torch.Tensor:
                 p.data = p.data.pin_memory()
         block.forward = functools.partial(on_device, block, block.forward)
     for name, child in transformer.named_children():
@@ -1009,8 +1008,9 @@ def run(args) -> None:
         save_folded(args.model, pipe.transformer, mask, out_dir / "transformer")
     closed = sum((g == 0).sum().item() for g in mask.values())
     hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; error to the neutral "
-               f"picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
+    summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; "
+               + f"with {args.quantize} weights, " * (args.quantize != "none")
+               + f"error to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
     (out_dir / "README.md").write_text(MODEL_CARD.format(**vars(args) | config | dict(
         modules=" and ".join(args.modules), concepts=", ".join(args.concept), pairs=len(pairs), retain=len(retain), summary=summary,
         held_out=len(held_out), fingerprint=base)))
