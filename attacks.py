@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import erase
 import evaluate
-from erase import UserError, first_line
+from erase import UserError
 
 # search lengths: generations or steps, and candidates a step; prompts attacked and noises a string is judged on
 BUDGETS = dict(
@@ -651,15 +651,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (UserError, json.JSONDecodeError) as error:
-        print(f"attacks.py: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"attacks.py: failed: {first_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return erase.exit_code("attacks.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Times one optimiser step of erase.py, its memory, and how both grow; prints tables, the last line is one JSON object.
 
-    python bench.py                            # tiny/flux, on a CPU in about a minute
-    python bench.py --full --height 512        # a FLUX.1-schnell of random weights on a GPU, at true size
+    python bench.py --out bench/tiny_cpu.json              # tiny/flux, on a CPU in about two minutes
+    python bench.py --full --out bench/h100.json           # FLUX.1-schnell's true size, random weights, on a GPU; run it again to go on
+    python bench.py --table bench/*.json                   # README's cost tables from such files
 
-Forward-equivalents: seconds of a sampling step's share of the optimiser step, over those of one forward without gradients on the same
-pictures. Four forms of the backward through the sampler, which give the same gradients (test_stepwise_backward_equals_autograd):
-none, step, block of erase.py, and two: the official code's loop, written afresh, with one backward for the gates and one for the latents.
+Forward-equivalents: seconds of the optimiser step for one sampling step, over those of one gated forward without gradients on the same pictures
+timed just before; the median of such ratios. Five forms of the backward through the sampler, which give the same gradients (test_stepwise_backward_equals_autograd): none, step,
+block, both of erase.py, and two: the official code's loop, written afresh, with one backward for the gates and one for the latents.
 """
 import argparse
 import json
@@ -13,10 +14,14 @@ import platform
 import statistics
 import sys
 import time
+import weakref
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import FluxTransformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import attacks
@@ -24,7 +29,8 @@ import erase
 
 SCHNELL = dict(patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
                joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=False)
-FORMS = ("none", "step", "block", "two")
+MATMUL = 8192                                                       # its bf16 product is the peak that --full compares with
+PASSES = dict(none=2, step=3, block=3, both=4, two=4)               # a forward each, and a backward counted as one
 
 
 def two_backward(transformer, noise, text, sigmas, grid, gates: dict) -> None:
@@ -40,54 +46,48 @@ def two_backward(transformer, noise, text, sigmas, grid, gates: dict) -> None:
         gradient, = torch.autograd.grad(x_next, x, gradient.to(x_next.dtype))
 
 
-class Held:
-    """The most bytes that autograd keeps for a backward at once; on a GPU, the most memory allocated."""
+class Allocated(TorchDispatchMode):
+    """The most bytes alive at once of the tensors made inside the `with`, temporaries included: what max_memory_allocated is on a GPU."""
 
-    def __init__(self, device):
-        self.device, self.now, self.peak = device, 0, 0
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
 
-    def __enter__(self):
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda saved: saved.tensor)
-        if self.device == "cpu":
-            self.hooks.__enter__()
-        return self
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        self.known.update(storages(args))                          # views and what was there before are not new
+        for storage in storages(out):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
 
-    def pack(self, tensor):
-        held = self
-
-        class Saved:                               # lives as long as its node of the graph
-            def __init__(self):
-                self.tensor = tensor
-                held.now += tensor.nbytes
-                held.peak = max(held.peak, held.now)
-
-            def __del__(self):
-                held.now -= self.tensor.nbytes
-        return Saved()
-
-    def __exit__(self, *exception):
-        if self.device == "cpu":
-            self.hooks.__exit__(*exception)
-        else:
-            self.peak = torch.cuda.max_memory_allocated()
+    def free(self, size: int) -> None:
+        self.now -= size
 
 
-def clock(work, device: str, repeats: int) -> float:
-    """Median seconds after one warm-up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+def clock(device: str, repeats: int, *works, limit: float = 1e9) -> list[list[float]]:
+    """Seconds of each work, done in turns, without the warm-up turn; no new turn after `limit` seconds."""
+    times, began = [[] for _ in works], time.perf_counter()
+    for turn in range(repeats + 1):
+        for work, seconds in zip(works, times):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        if turn and time.perf_counter() - began > limit:
+            break
+    return [seconds[1:] for seconds in times]
 
 
 def step_of(form, transformer, noise, text, sigmas, grid, gates):
-    """One optimiser step's forward and backward over the given pictures, in one of the FORMS."""
+    """One optimiser step's forward and backward over the given pictures, in one of the five forms."""
     def work():
         for g in gates.values():
             g.grad = None
@@ -99,18 +99,28 @@ def step_of(form, transformer, noise, text, sigmas, grid, gates):
     return work
 
 
-def measure(form, transformer, case, steps: int, repeats: int) -> dict:
+def measure(form, transformer, case, steps: int, repeats: int, limit: float = 1e9) -> dict:
     """{seconds, forward_equivalents, mib} of one form at a number of sampling steps."""
     noise, text, grid = case
     device, sigmas = noise.device.type, [1 - i / steps for i in range(steps + 1)]
     gates = {site: torch.ones(units, device=device, requires_grad=True) for site, units in erase.gate_sites(transformer).items()}
-    forward = clock(lambda: erase.rollout(transformer, noise, text, sigmas[:2], grid), device, repeats)
+
+    def forward():
+        with erase.gated(transformer, gates):
+            erase.rollout(transformer, noise, text, sigmas[:2], grid)
+
     work = step_of(form, transformer, noise, text, sigmas, grid, gates)
-    seconds = clock(work, device, repeats)
-    with Held(device) as held:
+    singles, seconds = clock(device, repeats, forward, work, limit=limit)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         work()
-    return dict(form=form, sampling_steps=steps, batch=len(noise), seconds=round(seconds, 4), forward_equivalents=round(seconds / steps / forward, 2),
-                mib=round(held.peak / 2**20, 1))
+        peak = torch.cuda.max_memory_allocated()                   # weights included
+    else:
+        with Allocated() as memory:
+            work()
+        peak = memory.peak
+    return dict(form=form, sampling_steps=steps, batch=len(noise), seconds=round(statistics.median(seconds), 4),
+                forward_equivalents=round(statistics.median(s / steps / f for f, s in zip(singles, seconds)), 2), mib=round(peak / 2**20, 1))
 
 
 def make_case(transformer, batch: int, height: int, width: int, tokens: int):
@@ -131,64 +141,104 @@ def show(title: str, rows: list[dict]) -> list[dict]:
 def bench_tiny(args) -> dict:
     pipe = erase.load_pipeline(erase.TINY, "cpu")
     transformer, case = pipe.transformer, lambda batch: make_case(pipe.transformer, batch, 64, 64, 24)
-    out = dict(forms=show("one optimiser step, 8 pictures, 4 sampling steps", [measure(f, transformer, case(8), 4, args.repeats) for f in FORMS]))
-    out["steps"] = show("growth with sampling steps, 4 pictures", [measure(f, transformer, case(4), n, 3) for f in ("step", "none") for n in (1, 4, 8, 16, 28)])
+    out = dict(forms=show("one optimiser step, 8 pictures, 4 sampling steps", [measure(f, transformer, case(8), 4, args.repeats) for f in PASSES]))
+    out["steps"] = show("growth with sampling steps, 4 pictures", [measure(f, transformer, case(4), n, 3) for f in ("step", "block", "none") for n in (1, 4, 8, 16, 28)])
     out["batches"] = show("growth with pictures, 4 sampling steps", [measure("step", transformer, case(n), 4, 3) for n in (1, 2, 4, 8, 16)])
     size = argparse.Namespace(height=64, width=64, num_inference_steps=4, max_sequence_length=24, seed=0)
-    drawing = clock(lambda: erase.draw(pipe, ["a gun on a red background"] * 32, list(range(32)), size, batch=32), "cpu", 3)
     model = attacks.Model(pipe, {}, size)
     rows = model.tables["t5"][torch.randint(len(model.tables["t5"]), (64, attacks.TOKENS))]
+    drawing = lambda: erase.draw(pipe, ["a gun on a red background"] * 32, list(range(32)), size, batch=32)
     with torch.no_grad():
-        encoding = clock(lambda: model.features("t5", rows), "cpu", 5)
-    out["loops"] = show("evaluation and attacks", [dict(loop="evaluate.py, draw", per_second=round(32 / drawing, 1)), dict(loop="attacks.py, T5 texts", per_second=round(64 / encoding, 1))])
-    return out
+        drawing, encoding = map(statistics.median, clock("cpu", 3, drawing, lambda: model.features("t5", rows)))
+    loops = [dict(loop="evaluate.py, pictures drawn", per_second=round(32 / drawing, 1)), dict(loop="attacks.py, T5 texts", per_second=round(64 / encoding, 1))]
+    return out | dict(loops=show("evaluation and attacks", loops))
 
 
-def bench_full(args) -> dict:
-    """One picture at a time, as erase.py accumulates a batch; projected to 400 steps of 4 concept and 4 retain prompts."""
-    torch.manual_seed(0)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * 8192**3 / clock(lambda: a @ a, "cuda", 10)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        transformer = FluxTransformer2DModel(**SCHNELL).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-    case = make_case(transformer, 1, args.height, args.width, 256)
+def forward_flops(size: int) -> int:
+    """Floating-point operations of one forward for one picture at FLUX.1-schnell's size, counted on the meta device."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**SCHNELL)
+    noise, text, grid = make_case(transformer, 1, size, size, 256)
     with FlopCounterMode(display=False) as counter:
-        erase.rollout(transformer, *case[:2], [1.0, 0.75], case[2])
-    rows = []
-    for form in args.forms:
-        try:
-            row = measure(form, transformer, case, 4, args.repeats)
-        except torch.cuda.OutOfMemoryError:
-            rows.append(dict(form=form, seconds="out of memory"))
-            torch.cuda.empty_cache()
+        erase.rollout(transformer, noise, text, [1.0, 0.75], grid)
+    return counter.get_total_flops()
+
+
+def random_schnell(quantize: str, device: str) -> FluxTransformer2DModel:
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        transformer = FluxTransformer2DModel(**SCHNELL).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return erase.quantized(transformer, quantize, device)
+
+
+def bench_full(args, rows: list[dict], device: str = "cuda") -> dict:
+    """One row a mode: FLUX.1-schnell's size, args.micro_batch pictures at a time, projected to steps of 4 concept and 4 retain prompts. Rows that
+    are there already are kept; after args.limit seconds no new mode begins."""
+    began, left, made = time.perf_counter(), [], None
+    a = torch.randn(MATMUL, MATMUL, device=device, dtype=torch.bfloat16)
+    tflops = 2 * MATMUL**3 / statistics.median(clock(device, 10, lambda: a @ a)[0]) / 1e12
+    for mode in [dict(quantize=q, size=s, form=f, micro_batch=args.micro_batch) for q in args.quantize for s in args.sizes for f in args.forms]:
+        if any(mode.items() <= row.items() for row in rows):
             continue
-        passes = dict(none=2, step=3, block=4, two=4)[form]
-        rows.append(row | dict(share_of_peak=round(4 * passes * counter.get_total_flops() / row["seconds"] / peak, 3), minutes_400_steps=round(400 * 8 * row["seconds"] / 60, 1)))
-    return dict(matmul_tflops=round(peak / 1e12, 1), height=args.height, width=args.width, forms=show(f"FLUX.1-schnell's size, {args.height} x {args.width}, bf16, one picture", rows))
+        if (spent := time.perf_counter() - began) > args.limit:
+            left.append(mode)
+            continue
+        if made != mode["quantize"]:
+            transformer, made = None, mode["quantize"]
+            torch.cuda.empty_cache()
+            transformer = random_schnell(made, device)
+        torch.cuda.empty_cache()
+        try:
+            row = measure(mode["form"], transformer, make_case(transformer, args.micro_batch, mode["size"], mode["size"], 256), 4, args.repeats, args.limit - spent)
+        except torch.cuda.OutOfMemoryError:
+            rows.append(mode | dict.fromkeys(("sec_per_step", "share_of_peak", "peak_gib", "minutes_400_steps"), "out of memory"))
+            continue
+        step = row["seconds"] * 8 / args.micro_batch
+        share = 8 * 4 * PASSES[mode["form"]] * forward_flops(mode["size"]) / step / (tflops * 1e12)
+        rows.append(mode | dict(sec_per_step=round(step, 2), share_of_peak=round(share, 3), peak_gib=round(row["mib"] / 1024, 1), minutes_400_steps=round(400 * step / 60, 1)))
+    return dict(matmul_tflops=round(tflops, 1), full=show("FLUX.1-schnell's size, 4 sampling steps, 8 pictures a step", rows), not_measured=left)
+
+
+def table(file: Path) -> str:
+    """README's cost tables of one results file, as Markdown."""
+    results, out = json.loads(file.read_text()), []
+    for part in ("forms", "full", "loops"):
+        if rows := results.get(part):
+            out += ["", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])] + ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
+    return f"`{file}`: {results['hardware']}, torch {results['versions']['torch']}" + "\n".join(["", *out, ""])
 
 
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--full", action="store_true", help="FLUX.1-schnell's true size with random weights; needs a GPU of about 40 GiB")
-    p.add_argument("--forms", nargs="+", choices=FORMS, default=["step", "block"], help="of --full (%(default)s)")
-    p.add_argument("--height", type=int, default=512, help="of --full, pixels (%(default)s)")
-    p.add_argument("--width", type=int, default=512)
+    p.add_argument("--full", action="store_true", help="FLUX.1-schnell's true size with random weights; needs a GPU")
+    p.add_argument("--forms", nargs="+", choices=PASSES, default=list(PASSES)[:-1], help="of --full (%(default)s)")
+    p.add_argument("--quantize", nargs="+", choices=("none", *erase.LIBRARIES), default=["none", *erase.LIBRARIES], help="of --full (%(default)s)")
+    p.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="of --full, pixels a side (%(default)s)")
+    p.add_argument("--micro_batch", type=int, default=1, help="of --full, pictures at a time (%(default)s)")
+    p.add_argument("--limit", type=float, default=480, help="of --full, seconds after which no new mode begins; the same command goes on (%(default)s)")
     p.add_argument("--repeats", type=int, default=5, help="timed runs of each form, the median counts (%(default)s)")
-    p.add_argument("--json", type=Path, help="write the results here too, e.g. bench/h100.json")
+    p.add_argument("--out", type=Path, help="write the results here too, e.g. bench/h100.json")
+    p.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print README's tables from such files, and measure nothing")
     args = p.parse_args(argv)
-    if args.full and not torch.cuda.is_available():
-        print("bench.py: error: --full: needs a CUDA GPU, none is here", file=sys.stderr)
-        return 2
-    if args.repeats < 1 or args.height % 16 or args.width % 16:
-        print("bench.py: error: --repeats: must be at least 1" if args.repeats < 1 else "bench.py: error: --height, --width: must be multiples of 16", file=sys.stderr)
-        return 2
-    hardware = torch.cuda.get_device_name() if args.full else f"{next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if 'model name' in l), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()}, {torch.get_num_threads()} threads"
-    results = dict(hardware=hardware, torch=torch.__version__) | (bench_full(args) if args.full else bench_tiny(args))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        erase.write_atomically(args.json, lambda f: f.write_text(json.dumps(results, indent=1) + "\n"))
+    missing = [q for q in args.quantize if q in erase.LIBRARIES and not erase.find_spec(erase.LIBRARIES[q])]
+    for wrong, line in ((min(args.repeats, args.micro_batch) < 1, "--repeats, --micro_batch: must be at least 1"), (any(s < 16 or s % 16 for s in args.sizes), "--sizes: must be multiples of 16"),
+                        (args.full and not torch.cuda.is_available(), "--full: needs a CUDA GPU, none is here"),
+                        (args.full and missing, f"--quantize: {' '.join(missing)} needs a library that is not here: pip install {' '.join(erase.LIBRARIES[q] for q in missing)}"),
+                        (args.table and not all(f.is_file() for f in args.table), f"--table: cannot read {' '.join(map(str, args.table or ()))}")):
+        if wrong:
+            print(f"bench.py: error: {line}", file=sys.stderr)
+            return 2
+    if args.table:
+        print("\n".join(map(table, args.table)))
+        return 0
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "CPU") if Path("/proc/cpuinfo").exists() else platform.processor()
+    about = dict(hardware=torch.cuda.get_device_name() if args.full else f"{cpu}, {torch.get_num_threads()} threads", versions={m.__name__: m.__version__ for m in (torch, diffusers)})
+    before = json.loads(args.out.read_text()) if args.full and args.out and args.out.exists() else {}
+    results = about | (bench_full(args, before.get("full", []) if about.items() <= before.items() else []) if args.full else bench_tiny(args))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        erase.write_atomically(args.out, lambda f: f.write_text(json.dumps(results, indent=1) + "\n"))
     print(json.dumps(results))
     return 0
 

@@ -17,6 +17,7 @@ Shapes: B pictures, T packed latent tokens, C channels (64), L text tokens, D te
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -26,17 +27,21 @@ import re
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")            # no word about the absent torchvision, which nothing here needs
 import diffusers
+import psutil
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import reduce
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -51,12 +56,12 @@ DEFAULTS = dict(
     lr_norm=               (0.5,             0.25),
     weight_decay=          (0.01,            0.0),
     adam_eps=              (1e-8,            1e-4),
-    beta=                  (0.01,            7.0),
+    beta=                  (0.01,            6.0),
     batch=                 (4,               4),
     retain_batch=          (4,               8),
-    open_pull=             (0.0,             0.0),
     lr_decay=              (0,               1),
-    near=                  (0.0,             0.5),
+    hard=                  (0.0,             0.75),
+    max_closed=            (1.0,             0.05),
     height=                (512,             64),
     width=                 (512,             64),
     max_sequence_length=   (256,             24),
@@ -70,7 +75,26 @@ def first_line(error: Exception) -> str:
 
 
 class UserError(Exception):
-    """Bad input: main() prints it as one line and exits with 2."""
+    """Bad input: exit_code() prints it as one line and returns 2."""
+
+
+def exit_code(script: str, run) -> int:
+    """run(); bad input is one line and 2, a failure one line and 1."""
+    try:
+        run()
+    except (UserError, json.JSONDecodeError) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def portable_name(name: str) -> str:
+    """A hub id as it is, a path inside this kit relative to it, any other path absolute."""
+    path = Path(name).resolve()
+    return name if not path.exists() else str(path.relative_to(HERE) if path.is_relative_to(HERE) else path)
 
 
 # ------------------------------------------------------------------------------------------------------------ gates
@@ -78,12 +102,12 @@ class UserError(Exception):
 START = dict(sigmoid=4.0, hard_concrete=3.0, straight_through=3.0)
 
 
-def relax(gate_logits: torch.Tensor, gate: str, uniform: torch.Tensor | None = None) -> torch.Tensor:
-    """Gates in [0, 1] from logits, (units,) fp32.
+def relax(gate_logits: torch.Tensor, gate: str, uniform: torch.Tensor | None = None, threshold: float = 0.0) -> torch.Tensor:
+    """Gates in [0, 1] from logits, (units,) fp32. threshold: closing_threshold().
 
     sigmoid           sigma(l) / sigma(l_start), clamped at 1
     hard_concrete     Louizos et al. 2018, eq. 10-12: a stretched, clamped sigmoid with logistic noise; noise-free if `uniform` is None
-    straight_through  1[l > 0] forwards, the gradient of sigma(l) backwards: no gap between training and deployment
+    straight_through  1[l > threshold] forwards, the gradient of sigma(l) backwards: no gap between training and deployment
     """
     if gate == "sigmoid":
         return (gate_logits.sigmoid() / torch.tensor(START[gate]).sigmoid()).clamp(max=1)
@@ -92,12 +116,20 @@ def relax(gate_logits: torch.Tensor, gate: str, uniform: torch.Tensor | None = N
         noise = 0 if uniform is None else uniform.log() - (-uniform).log1p()
         return (((noise + gate_logits) / temperature).sigmoid() * (high - low) + low).clamp(0, 1)
     soft = gate_logits.sigmoid()
-    return (gate_logits > 0).float() + (soft - soft.detach())      # the bracket is exactly 0
+    return (gate_logits > threshold).float() + (soft - soft.detach())    # the bracket is exactly 0
 
 
-def binary(gate_logits: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The final mask, {0, 1} per unit: open where the logit is positive."""
-    return {site: (logit.detach() > 0).float() for site, logit in gate_logits.items()}
+def closing_threshold(gate_logits: dict[str, torch.Tensor], max_closed: float) -> float:
+    """Gates are closed where their logit is at or below it: 0, or lower where more than the share max_closed of all would close.
+    differs from paper: those who want to close compete for few places, so that what does little stays open."""
+    logits = torch.cat([logit.detach() for logit in gate_logits.values()])
+    k = int(max_closed * len(logits))
+    return min(0.0, logits.kthvalue(k).values.item()) if k else -math.inf
+
+
+def binary(gate_logits: dict[str, torch.Tensor], threshold: float = 0.0) -> dict[str, torch.Tensor]:
+    """The final mask, {0, 1} per unit: open where the logit is above the threshold."""
+    return {site: (logit.detach() > threshold).float() for site, logit in gate_logits.items()}
 
 
 def closed_share(gates: dict[str, torch.Tensor]) -> float:
@@ -172,8 +204,9 @@ def encode(pipe: FluxPipeline, prompts: list[str], max_sequence_length: int, bat
     """[(T5 sequence (L, D), CLIP vector (P,))] per prompt, on the CPU; identical prompts are encoded once."""
     unique, out = list(dict.fromkeys(prompts)), {}
     for i in range(0, len(unique), batch):
-        sequence, pooled, _ = pipe.encode_prompt(unique[i:i + batch], unique[i:i + batch], max_sequence_length=max_sequence_length)
-        out |= dict(zip(unique[i:i + batch], zip(sequence.cpu(), pooled.cpu())))
+        part, device = unique[i:i + batch], pipe.text_encoder.device
+        sequence, pooled, _ = pipe.encode_prompt(part, part, device=device, max_sequence_length=max_sequence_length)
+        out |= dict(zip(part, zip(sequence.cpu(), pooled.cpu())))
     return [out[p] for p in prompts]
 
 
@@ -196,19 +229,24 @@ def schedule(pipe: FluxPipeline, num_inference_steps: int, tokens: int) -> list[
     return pipe.scheduler.sigmas.tolist()
 
 
+@functools.lru_cache
+def image_ids(grid, device, dtype) -> torch.Tensor:
+    """FLUX's positions of the packed tokens (T, 3); kept, since making them waits for the GPU."""
+    return FluxPipeline._prepare_latent_image_ids(1, *grid, device, dtype)
+
+
 def velocity(transformer, x, s, text, grid, guidance_scale: float = 3.5) -> torch.Tensor:
     """v(x, s) (B, T, C). text: (sequence (B, L, D), pooled (B, P)); grid: (height, width) in packed tokens."""
     sequence, pooled = text
-    ids = FluxPipeline._prepare_latent_image_ids(len(x), *grid, x.device, x.dtype)
     guidance = torch.full((len(x),), guidance_scale, device=x.device) if transformer.config.guidance_embeds else None
     return transformer(hidden_states=x, timestep=torch.full((len(x),), s * 1000, device=x.device, dtype=x.dtype) / 1000, guidance=guidance,
-                       encoder_hidden_states=sequence, pooled_projections=pooled, img_ids=ids,
+                       encoder_hidden_states=sequence, pooled_projections=pooled, img_ids=image_ids(grid, x.device, x.dtype),
                        txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype), return_dict=False)[0]
 
 
 def euler(transformer, x, s, s_next, text, grid) -> torch.Tensor:
     """One sampling step, with the scheduler's own rounding: the sum in fp32, the result in the model's dtype."""
-    step = torch.tensor(s_next, dtype=torch.float32, device=x.device) - torch.tensor(s, dtype=torch.float32, device=x.device)
+    step = torch.tensor(s_next, dtype=torch.float32) - torch.tensor(s, dtype=torch.float32)        # on the CPU, as the scheduler's
     return (x.float() + step * velocity(transformer, x, s, text, grid)).to(x.dtype)
 
 
@@ -223,10 +261,14 @@ def rollout(transformer, noise, text, sigmas, grid) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def decode(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> list:
-    """Final latents (B, T, C) -> B PIL pictures."""
+    """Final latents (B, T, C) -> B PIL pictures. The VAE is on their device for that long."""
+    home = pipe.vae.device
+    pipe.vae.to(latents.device)
     z = FluxPipeline._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0], output_type="pil")
+    pictures = pipe.image_processor.postprocess(pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0], output_type="pil")
+    pipe.vae.to(home)
+    return pictures
 
 
 def stack(texts: list[tuple], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,12 +276,15 @@ def stack(texts: list[tuple], device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
-def objective(final, target, is_concept, args):
-    """erase_loss, preserve_loss and L of (a part of) one step's batch. final, target: (B, T, C) latents; is_concept: (B,) bool.
-    The paper's squared norms, as means over a picture's latents."""
-    error = (final.float() - target.float()).square().flatten(1).mean(1)
-    erase_loss = error[is_concept].sum() / args.batch
-    preserve_loss = error[~is_concept].sum() / args.retain_batch
+def squared_errors(final, target) -> torch.Tensor:
+    """(B,) the paper's squared norms, as means over a picture's latents (B, T, C)."""
+    return (final.float() - target.float()).square().flatten(1).mean(1)
+
+
+def objective(errors, is_concept, args):
+    """erase_loss, preserve_loss and L of (a part of) one step's batch. errors: (B,) squared_errors; is_concept: (B,) bool."""
+    erase_loss = (errors * is_concept).sum() / args.batch          # no errors[is_concept]: that waits for the GPU
+    preserve_loss = (errors * ~is_concept).sum() / args.retain_batch
     return erase_loss, preserve_loss, erase_loss + args.beta * preserve_loss
 
 
@@ -247,70 +292,96 @@ def objective(final, target, is_concept, args):
 def rollout_backward(transformer, noise, text, sigmas, grid, loss_of_final, checkpoint: str = "step"):
     """loss_of_final(rollout(...)[-1]), adding its gradient to everything the gates hang on.
 
-    step    3 passes a sampling step at the memory of one: a rollout without gradients keeps the latents between steps; then, last step
-            first, each step is recomputed and one backward gives the gates' gradient and the latents' together
-    block   the same, and inside a step each block is recomputed too: 4 passes at the memory of one block
-    none    plain autograd: 2 passes, memory grows with the number of steps
+    none    plain autograd: 2 passes a sampling step; memory grows with the number of steps
+    step    3 passes at the memory of one step: a rollout without gradients keeps the latents between steps; then, last step first, each
+            step is recomputed and one backward gives the gates' gradient and the latents' together
+    block   plain autograd that keeps only the blocks' inputs, and recomputes one block at a time: 3 passes too; less memory than `step` for few steps
+    both    step by step, and block by block within: 4 passes at the memory of one block, whatever the number of steps
     test_stepwise_backward_equals_autograd proves them equal.
     """
-    if checkpoint == "none":
-        final = noise
+    if checkpoint in ("block", "both"):                            # FLUX has no dropout, so no random state to restore
+        transformer.enable_gradient_checkpointing(functools.partial(recompute, use_reentrant=False, preserve_rng_state=False))
+    trajectory = [noise]
+    if checkpoint in ("none", "block"):
         for s, s_next in zip(sigmas, sigmas[1:]):
-            final = euler(transformer, final, s, s_next, text, grid)
-        loss = loss_of_final(final)
+            trajectory = [euler(transformer, trajectory[-1], s, s_next, text, grid)]
+        loss = loss_of_final(trajectory[-1])
         loss.backward()
-        return loss.detach(), final.detach()
-    trajectory = rollout(transformer, noise, text, sigmas, grid)
-    final = trajectory[-1].requires_grad_()
-    loss = loss_of_final(final)
-    gradient, = torch.autograd.grad(loss, final)
-    for i in reversed(range(len(sigmas) - 1)):
-        x = trajectory[i].detach().requires_grad_(i > 0)           # nothing upstream of the noise needs a gradient
-        if checkpoint == "block":
-            transformer.enable_gradient_checkpointing()
-        with torch.enable_grad():
-            x_next = euler(transformer, x, sigmas[i], sigmas[i + 1], text, grid)
-        x_next.backward(gradient)
-        gradient = x.grad
+    else:
+        trajectory = rollout(transformer, noise, text, sigmas, grid)
+        loss = loss_of_final(trajectory[-1].requires_grad_())
+        gradient, = torch.autograd.grad(loss, trajectory[-1])
+        for i in reversed(range(len(sigmas) - 1)):
+            x = trajectory[i].detach().requires_grad_(i > 0)       # nothing upstream of the noise needs a gradient
+            with torch.enable_grad():
+                x_next = euler(transformer, x, sigmas[i], sigmas[i + 1], text, grid)
+            x_next.backward(gradient)
+            gradient = x.grad
     transformer.disable_gradient_checkpointing()
-    return loss.detach(), final.detach()
+    return loss.detach(), trajectory[-1].detach()
 
 
 # ------------------------------------------------------------------------------------------------- fold, save, load
-@torch.no_grad()
-def fold(transformer: FluxTransformer2DModel, mask: dict[str, torch.Tensor]) -> None:
-    """Switch the closed units off in the weights, in place, on both sides, so that nothing is left to regrow from.
+def zeroed(transformer: FluxTransformer2DModel, mask: dict[str, torch.Tensor]):
+    """Yields (parameter name, dim, indices): what the closed units are in the weights, on both sides, so that nothing is left to regrow from.
 
     ffn   row and bias of net.0.proj, column of net.2        norm  row and bias of norm1_context.linear
     attn  rows of the value projections, columns of the output projections
     mlp   row and bias of proj_mlp, column of proj_out
-    Equal to the gated model with binary gates, bit for bit in fp32 (test_fold_equals_hooks): GELU(0) = 0.
     """
-    def rows(linear, off):
-        linear.weight[off] = 0
-        if linear.bias is not None:
-            linear.bias[off] = 0
-
     for site, g in mask.items():
-        off = (g == 0).nonzero().flatten().to(transformer.device)
-        block = transformer.get_submodule(".".join(site.split(".")[:2]))
+        off, block, single = (g == 0).nonzero().flatten(), ".".join(site.split(".")[:2]), site.startswith("single")
+        rows, columns, shift = [site], [], 0
         if site.endswith("net.0"):
-            ffn = transformer.get_submodule(site.removesuffix(".net.0"))
-            rows(ffn.net[0].proj, off)
-            ffn.net[2].weight[:, off] = 0
+            rows, columns = [f"{site}.proj"], [f"{site[:-1]}2"]
         elif site.endswith("act_mlp"):
-            rows(block.proj_mlp, off)
-            block.proj_out.weight[:, transformer.inner_dim + off] = 0
+            rows, columns, shift = [f"{block}.proj_mlp"], [f"{block}.proj_out"], transformer.inner_dim
         elif site.endswith("attn"):
             size = transformer.inner_dim // g.numel()
             off = (off[:, None] * size + torch.arange(size, device=off.device)).flatten()
-            single = site.startswith("single")
-            for linear in (block.attn.to_v,) if single else (block.attn.to_v, block.attn.add_v_proj):
-                rows(linear, off)
-            for linear in (block.proj_out,) if single else (block.attn.to_out[0], block.attn.to_add_out):
-                linear.weight[:, off] = 0
-        else:
-            rows(transformer.get_submodule(site), off)
+            rows = [f"{site}.to_v"] if single else [f"{site}.to_v", f"{site}.add_v_proj"]
+            columns = [f"{block}.proj_out"] if single else [f"{site}.to_out.0", f"{site}.to_add_out"]
+        for name in rows:
+            yield from ((f"{name}.weight", 0, off), (f"{name}.bias", 0, off))
+        for name in columns:
+            yield f"{name}.weight", 1, off + shift
+
+
+@torch.no_grad()
+def fold(transformer: FluxTransformer2DModel, mask: dict[str, torch.Tensor]) -> None:
+    """Switch the closed units off in the weights, in place. Equal to the gated model with binary gates, bit for bit in fp32
+    (test_fold_equals_hooks): GELU(0) = 0."""
+    for name, dim, off in zeroed(transformer, mask):
+        p = transformer.get_parameter(name)
+        p.index_fill_(dim, off.to(p.device), 0)
+
+
+def stored(model: str) -> Path:
+    """The folder of a model's transformer, local or of the hub's cache."""
+    return Path(model if Path(model).is_dir() else snapshot_download(model, allow_patterns="transformer/*")) / "transformer"
+
+
+def save_folded(model: str, transformer: FluxTransformer2DModel, mask: dict, folder: Path) -> None:
+    """The base's stored transformer with the mask folded in: its files copied, the closed slices zeroed in the copies through a memory map. No
+    weight is held in memory, and the stored dtype stays. `transformer` only tells the sizes."""
+    def write(copy):
+        for old in (copy, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.copytree(stored(model), copy, copy_function=shutil.copyfile,
+                        ignore=lambda _, names: [n for n in names if not n.endswith((".json", ".safetensors"))])
+        missing = {name for name, _, _ in zeroed(transformer, mask)}
+        for shard in copy.glob("*.safetensors"):                   # 8 bytes: the header's length; a JSON header; the tensors
+            with open(shard, "rb") as f:
+                size = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(size))
+            data = torch.from_file(str(shard), shared=True, size=shard.stat().st_size, dtype=torch.uint8)[8 + size:]
+            for name, dim, off in zeroed(transformer, mask):
+                if name in header:
+                    data[slice(*header[name]["data_offsets"])].view(*header[name]["shape"], -1).index_fill_(dim, off.cpu(), 0)
+            missing -= header.keys()
+        if missing:
+            raise UserError(f"--model: {stored(model)} has no {min(missing)}")
+    write_atomically(folder, write)
 
 
 @torch.no_grad()
@@ -379,6 +450,93 @@ def load_erased(path, device=None, dtype=None) -> FluxPipeline:
     pipe = load_pipeline(str(HERE / model) if (HERE / model).exists() else model, device, dtype)
     fold(pipe.transformer, load_mask(path / "mask.safetensors", pipe.transformer))
     return pipe
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+LIBRARIES = dict(fp8="torchao", nf4="bitsandbytes")
+
+
+def free_memory(device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available
+
+
+def memory_needed(transformer, args, checkpoint: str, quantize: str, offload: bool) -> int:
+    """Bytes of the device that training takes: weights, what autograd keeps of args.micro_batch pictures, one block's backward, and 1 GiB to spare.
+
+    What a block keeps is counted in (tokens x width): inputs of normalisations, GELU and attention (12 in a double, 11 in a single block), and what
+    gates multiply, as their gradients need it. test_memory_estimate holds it to what autograd really allocates. `transformer` may be on "meta".
+    """
+    blocks, m, size = [transformer.transformer_blocks, transformer.single_transformer_blocks], args.modules, default_dtype(args.device).itemsize
+    tokens = args.height * args.width // 256 + args.max_sequence_length
+    double = (12 + 4 * ("ffn" in m) + ("attn" in m)) * tokens + 4 * ("norm" in m) * args.max_sequence_length
+    single = (11 + 4 * ("mlp" in m) + 5 * ("attn" in m)) * tokens
+    one_step, inputs = len(blocks[0]) * double + len(blocks[1]) * single, len(blocks[0] + blocks[1]) * tokens
+    kept = dict(none=one_step * args.num_inference_steps, step=one_step, block=inputs * args.num_inference_steps + single, both=inputs + single)[checkpoint]
+    numel = [sum(p.numel() for p in block.parameters()) for part in blocks for block in part]
+    rest = transformer.num_parameters() - sum(numel)
+    weights = (rest + (max(numel) if offload else sum(numel))) * dict(none=size, fp8=1, nf4=0.52)[quantize]
+    if quantize == "fp8":                                          # autograd keeps the weights that a block computed with
+        weights += size * dict(none=args.num_inference_steps * sum(numel), step=sum(numel)).get(checkpoint, max(numel))
+    return round(weights + (kept + 15 * tokens) * transformer.inner_dim * size * args.micro_batch + 2**30)
+
+
+def plan_memory(transformer, args) -> str:
+    """Settles --checkpoint auto on the fastest way that fits; returns why. Raises UserError, with what would fit, if nothing does."""
+    free, gib = free_memory(args.device), lambda n: f"{n / 2**30:.1f} GiB"
+    modes = (("block", "both") if args.offload else ("none", "step", "block", "both")) if args.checkpoint == "auto" else (args.checkpoint,)
+    for mode in modes:
+        needed = memory_needed(transformer, args, mode, args.quantize, args.offload)
+        if needed <= free:
+            args.checkpoint = mode
+            return f"checkpoint {mode}: needs about {gib(needed)} of {args.device}, {gib(free)} are free"
+    least, fitting = argparse.Namespace(**vars(args) | dict(micro_batch=1)), []
+    for quantize, offload in (("none", False), ("fp8", False), ("nf4", False), ("none", True), ("nf4", True)):
+        if (size := memory_needed(transformer, least, "both", quantize, offload)) <= free:
+            fitting.append(f"--checkpoint both --micro_batch 1{f' --quantize {quantize}' * (quantize != 'none')}{' --offload' * offload} ({gib(size)})")
+    raise UserError(f"--checkpoint: {modes[-1]} needs about {gib(needed)} of {args.device}, {gib(free)} are free; "
+                    + ("these would fit: " + "; ".join(fitting) if fitting else "nothing fits; try a smaller --height and --width"))
+
+
+def quantized(transformer: FluxTransformer2DModel, kind: str, device) -> FluxTransformer2DModel:
+    """The frozen linear layers' weights in 8 bits (torchao) or 4 (bitsandbytes), in place, layer by layer on the device; they compute in the dtype they
+    had. The libraries' own calls, as diffusers' quantization configs make them, which for nf4 refuse a CPU and so could not be tested."""
+    if kind == "fp8":
+        from torchao.quantization import Float8WeightOnlyConfig, quantize_
+        quantize_(transformer, Float8WeightOnlyConfig(), device=device)
+    elif kind == "nf4":
+        from bitsandbytes.nn import Linear4bit, Params4bit
+        for name, linear in [(n, m) for n, m in transformer.named_modules() if type(m) is torch.nn.Linear]:
+            new = Linear4bit(linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
+            new.weight, new.bias = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=new), linear.bias
+            transformer.set_submodule(name, new.to(device))
+    return transformer
+
+
+def offload(transformer: FluxTransformer2DModel, device) -> None:
+    """Keep the blocks' weights in CPU memory: each block computes with copies on the device that go when it is done. With block checkpointing
+    (only then) autograd keeps no copy either: the recompute makes new ones, which live until the block's backward is through.
+
+    Not diffusers' group offloading: that swaps param.data under autograd. Linear layers then keep the device's copy alive until the backward, and the
+    RMS norms of q and k find their weight back on the CPU in it.
+    """
+    def on_device(block, forward, *args, **kwargs):
+        weights = [(module, name, p) for module in block.modules() for name, p in module._parameters.items() if p is not None]
+        try:
+            for module, name, p in weights:
+                module._parameters[name] = p.to(device, non_blocking=True)
+            return forward(*args, **kwargs)
+        finally:
+            for module, name, p in weights:
+                module._parameters[name] = p
+
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        for p in block.parameters():                               # page-locked memory copies faster, and without waiting
+            if torch.device(device).type == "cuda" and type(p.data) is torch.Tensor:
+                p.data = p.data.pin_memory()
+        block.forward = functools.partial(on_device, block, block.forward)
+    for name, child in transformer.named_children():
+        if not name.endswith("transformer_blocks"):
+            child.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -475,21 +633,21 @@ class Cases:
         text = encode(pipe, prompts + neutrals, args.max_sequence_length)
         self.text, self.base_text = text[:len(prompts)], text[len(prompts):]
         self.num_pairs, self.num_retain = len(pairs), len(retain)
-        # retain prompts by how far their CLIP vectors lie in the direction that leads from a neutral prompt to its concept prompt
-        unit = lambda x: torch.nn.functional.normalize(x.float(), dim=-1)
-        clip, base_clip = (torch.stack([pooled for _, pooled in t]) for t in (self.text, self.base_text))
-        away = unit(clip[self.num_pairs:] - clip[self.num_pairs:].mean(0)) @ unit(clip - base_clip)[:self.num_pairs].T
-        self.nearest = (self.num_pairs + away.amax(1).argsort(descending=True)[:max(1, len(retain) // 4)]).tolist()
         self.grid = (args.height // 16, args.width // 16)
         self.sigmas = schedule(pipe, args.num_inference_steps, self.grid[0] * self.grid[1])
 
-    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, near: float = 0.0) -> list[tuple[int, int]]:
-        """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases, the share `near` of them near the concept."""
-        concept = [i % self.num_pairs for i in range(max(batch, self.num_pairs))]
-        rng.shuffle(concept)
-        near = round(near * retain_batch)
-        retain = rng.choices(self.nearest, k=near) + [self.num_pairs + rng.randrange(self.num_retain) for _ in range(retain_batch - near)]
-        return [(case, rng.choice(noise_seeds)) for case in concept[:batch] + retain]
+    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
+        """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases; of each, the share `hard` in proportion to
+        the `latest` (cases,) errors, those never seen (infinite) like the worst, and the rest evenly."""
+        chosen = []
+        for cases, size in ((range(self.num_pairs), batch), (range(self.num_pairs, self.num_pairs + self.num_retain), retain_batch)):
+            count = round(hard * size)
+            if count:
+                weights = latest[cases.start:cases.stop]
+                weights = weights.clamp(max=max([1e-6, *weights[weights.isfinite()].tolist()])) + 1e-6
+                chosen += rng.choices(cases, weights.tolist(), k=count)
+            chosen += rng.choices(cases, k=size - count)
+        return [(case, rng.choice(noise_seeds)) for case in chosen]
 
     def batch(self, cases):
         """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
@@ -503,19 +661,20 @@ class Cases:
         is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
         return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
 
-    def loss(self, gates, cases, micro_batch: int, backward: bool = False):
-        """(erase_loss, preserve_loss, L) of the gated model over `cases`; with backward, gradients in the gates."""
-        totals = torch.zeros(3)
+    def errors(self, gates, cases, micro_batch: int, backward: bool = False) -> torch.Tensor:
+        """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates."""
+        transformer, (noise, text, target, is_concept), errors = self.pipe.transformer, self.batch(cases), []
         for i in range(0, len(cases), micro_batch):
-            noise, text, target, is_concept = self.batch(cases[i:i + micro_batch])
-            with gated(self.pipe.transformer, gates):
+            part = slice(i, i + micro_batch)
+            x, words = noise[part], tuple(t[part] for t in text)
+            with gated(transformer, gates):
                 if backward:
-                    loss_of_final = lambda final: objective(final, target, is_concept, self.args)[2]
-                    _, final = rollout_backward(self.pipe.transformer, noise, text, self.sigmas, self.grid, loss_of_final, self.args.checkpoint)
+                    loss_of_final = lambda final: objective(squared_errors(final, target[part]), is_concept[part], self.args)[2]
+                    _, final = rollout_backward(transformer, x, words, self.sigmas, self.grid, loss_of_final, self.args.checkpoint)
                 else:
-                    final = rollout(self.pipe.transformer, noise, text, self.sigmas, self.grid)[-1]
-            totals += torch.stack(objective(final, target, is_concept, self.args)).cpu()
-        return totals
+                    final = rollout(transformer, x, words, self.sigmas, self.grid)[-1]
+            errors.append(squared_errors(final, target[part]).detach())
+        return torch.cat(errors).cpu()                             # read once: nothing waits for the GPU in between
 
 
 def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
@@ -526,18 +685,23 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
     groups = {"norm": args.lr_norm, "ffn": args.lr_ffn}
     rate = {site: groups["norm" if "norm1" in site else "ffn"] for site in sites}
     optimizer = torch.optim.AdamW([dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
-    start = load_state(out_dir, gate_logits, optimizer)
+    latest = torch.full((cases.num_pairs + cases.num_retain,), math.inf)          # each case's error when it was last seen
+    start = load_state(out_dir, gate_logits, optimizer, latest)
     metrics = open(out_dir / "metrics.jsonl" if state.is_main_process else os.devnull, "a")
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase", disable=not state.is_main_process)
     for step in bar:
         began, rng = time.time(), random.Random(f"{args.seed} {step}")
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
-        relaxed = {site: relax(logit, args.gate, uniform.get(site)) for site, logit in gate_logits.items()}
+        threshold = closing_threshold(gate_logits, args.max_closed)
+        relaxed = {site: relax(logit, args.gate, uniform.get(site), threshold) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
-        chosen = cases.sample(rng, args.batch, args.retain_batch, range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds), args.near)
-        losses = cases.loss(gates, chosen[state.process_index::state.num_processes], args.micro_batch, backward=True)
-        losses, gradients = reduce([losses.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
-        erase_loss, preserve_loss, loss = losses.tolist()
+        noise_seeds = range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
+        chosen = cases.sample(rng, args.batch, args.retain_batch, noise_seeds, latest, args.hard)
+        errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
+        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, backward=True)
+        errors, gradients = reduce([errors.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
+        errors = errors.cpu()
+        erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
         if not (math.isfinite(loss) and all(g.isfinite().all() for g in gradients.values())):
             raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; try a smaller --lr_ffn and --lr_norm")
         for group in optimizer.param_groups:
@@ -545,34 +709,34 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
         optimizer.zero_grad()
         torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() for site in relaxed])
         optimizer.step()
-        for group in optimizer.param_groups:                       # pressure towards open gates: what does little drifts back
-            [logit.data.lerp_(torch.tensor(START[args.gate]), group["lr"] * args.open_pull) for logit in group["params"]]
+        latest[[case for case, _ in chosen]] = errors
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
             [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
-        row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits)),
+        row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits, closing_threshold(gate_logits, args.max_closed))),
                    sec_per_step=round(time.time() - began, 3))
         metrics.write(json.dumps(row) + "\n"), metrics.flush()
         bar.set_postfix(erase=f"{erase_loss:.4f}", preserve=f"{preserve_loss:.4f}", closed=f"{row['closed']:.1%}", sec=row["sec_per_step"])
         if state.is_main_process and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            save_state(out_dir, gate_logits, optimizer, step + 1)
+            save_state(out_dir, gate_logits, optimizer, latest, step + 1)
     metrics.close()
 
 
-def save_state(out_dir: Path, gate_logits: dict, optimizer, step: int) -> None:
-    """Logits and AdamW's moments; random numbers are functions of (seed, step), so that is all a run needs to go on."""
-    tensors = {}
+def save_state(out_dir: Path, gate_logits: dict, optimizer, latest: torch.Tensor, step: int) -> None:
+    """Logits, AdamW's moments and the latest errors; random numbers are functions of (seed, step), so that is all a run needs to go on."""
+    tensors = dict(latest=latest)
     for site, logit in gate_logits.items():
         tensors |= {f"{site}|logit": logit.detach()} | {f"{site}|{k}": optimizer.state[logit][k] for k in ("exp_avg", "exp_avg_sq")}
     write_atomically(out_dir / "state.safetensors", lambda p: save_file(tensors, p, dict(step=str(step))))
 
 
-def load_state(out_dir: Path, gate_logits: dict, optimizer) -> int:
+def load_state(out_dir: Path, gate_logits: dict, optimizer, latest: torch.Tensor) -> int:
     """Returns the step to go on from, 0 without a state; drops the metrics of steps that will be run again. Raises UserError."""
     path, step, kept = out_dir / "state.safetensors", 0, []
     if path.exists():
         try:
             with safe_open(path, "pt") as f:
                 step = int(f.metadata()["step"])
+                latest.copy_(f.get_tensor("latest"))
                 for site, logit in gate_logits.items():
                     logit.data.copy_(f.get_tensor(f"{site}|logit"))
                     optimizer.state[logit] = dict(step=torch.tensor(float(step))) | {k: f.get_tensor(f"{site}|{k}") for k in ("exp_avg", "exp_avg_sq")}
@@ -586,13 +750,14 @@ def load_state(out_dir: Path, gate_logits: dict, optimizer) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- results
-def draw(pipe, prompts: list[str], seeds: list[int], args, batch: int = 16) -> list:
-    """One PIL picture per (prompt, seed), through the same encode, rollout and decode as training."""
-    text, grid, pictures = encode(pipe, prompts, args.max_sequence_length), (args.height // 16, args.width // 16), []
+def draw(pipe, prompts: list, seeds: list[int], args, batch: int = 16) -> list:
+    """One PIL picture per (prompt or its encoding, seed), through the same encode, rollout and decode as training."""
+    text = encode(pipe, prompts, args.max_sequence_length) if isinstance(prompts[0], str) else prompts
+    device, grid, pictures = pipe.transformer.device, (args.height // 16, args.width // 16), []
     sigmas = schedule(pipe, args.num_inference_steps, grid[0] * grid[1])
     for i in range(0, len(prompts), batch):
-        noise = init_latents(pipe, seeds[i:i + batch], args.height, args.width).to(pipe.device)
-        final = rollout(pipe.transformer, noise, stack(text[i:i + batch], pipe.device), sigmas, grid)[-1]
+        noise = init_latents(pipe, seeds[i:i + batch], args.height, args.width).to(device)
+        final = rollout(pipe.transformer, noise, stack(text[i:i + batch], device), sigmas, grid)[-1]
         pictures += decode(pipe, final, args.height, args.width)
     return pictures
 
@@ -666,9 +831,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     preset("lr_norm", "learning rate of norm gates", type=float)
     preset("weight_decay", "AdamW's, on the logits", type=float)
     preset("adam_eps", "Adam's eps: gates with gradients far below it stay where they are", type=float)
-    preset("open_pull", "decay of the logits towards their open start, times the learning rate", type=float)
     preset("lr_decay", "1: the learning rates fall linearly to 0", type=int, choices=(0, 1))
-    preset("near", "share of the retain prompts of a step that come from the quarter nearest to the concept", type=float)
+    preset("hard", "share of a step's prompts drawn in proportion to their latest error", type=float)
+    preset("max_closed", "share of the gates that may close", type=float)
     add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="what is gated (ffn norm)")
     preset("height", "pixels", type=int)
     preset("width", "pixels", type=int)
@@ -680,7 +845,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--robust", action="store_true", help="train on the synonyms of prompts/vocabulary.csv too")
     add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
     add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
-    add("--checkpoint", choices=("step", "block", "none"), help="what the backward recomputes: sampling steps, their blocks too, or nothing (tiny: none, else step)")
+    add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help="what the backward recomputes; auto: as little as memory allows (tiny: none, else auto)")
+    add("--quantize", choices=("none", *LIBRARIES), default="none", help="frozen weights in training; what is saved is folded into the original ones (%(default)s)")
+    add("--offload", action="store_true", help="keep the blocks' frozen weights in CPU memory, for the smallest cards; goes with a larger --micro_batch")
     add("--seed", type=int, default=0)
     add("--out_dir", type=Path, help="(erased/<concept>)")
     add("--save", choices=("full", "mask"), default="full", help="mask: no transformer folder, which is 24 GB for FLUX (%(default)s)")
@@ -701,7 +868,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, values[PRESETS.index(column)])
     if args.micro_batch is None:
         args.micro_batch = args.batch + args.retain_batch if args.is_tiny else 1
-    args.checkpoint = args.checkpoint or ("none" if args.is_tiny else "step")
+    args.checkpoint = args.checkpoint or ("none" if args.is_tiny and not args.offload else "auto")
     args.prompt_dir = HERE / "prompts/tiny" if args.is_tiny else HERE / "prompts"
     args.out_dir = args.out_dir or Path("erased") / "_".join(re.sub(r"\W+", "_", c.lower()) for c in args.concept)
     return args
@@ -712,9 +879,10 @@ def check_args(args) -> None:
     for flag in ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}: must be at least 1, not {getattr(args, flag)}")
-    if not 0 <= args.near <= 1:
-        raise UserError(f"--near: must be between 0 and 1, not {args.near}")
-    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps", "open_pull"):
+    for flag in ("hard", "max_closed"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"--{flag}: must be between 0 and 1, not {getattr(args, flag)}")
+    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag}: must be a number >= 0, not {getattr(args, flag)}")
     for flag in ("height", "width"):
@@ -724,6 +892,10 @@ def check_args(args) -> None:
         raise UserError(f"--seed: must be between 0 and 2147483647, not {args.seed}")
     if any(not c.replace("_", " ").strip() for c in args.concept):
         raise UserError("--concept: is empty")
+    if args.offload and args.checkpoint in ("none", "step"):
+        raise UserError(f"--offload: needs --checkpoint block or both, not {args.checkpoint}, which keeps every block's weights for the backward")
+    if args.quantize != "none" and not find_spec(LIBRARIES[args.quantize]):
+        raise UserError(f"--quantize: {args.quantize} needs a library that is not here: pip install {LIBRARIES[args.quantize]}")
     if args.neutral is not None and (args.prompts or args.neutral != args.neutral.strip()):
         raise UserError("--neutral: goes with template prompts, not with --prompts" if args.prompts else "--neutral: starts or ends with a blank")
     if args.neutral and any(mentions(c, args.neutral) for c in args.concept):
@@ -741,7 +913,7 @@ def check_args(args) -> None:
 
 
 def prepare(args) -> tuple:
-    """Everything that can be wrong before a weight is loaded. Returns (pairs, tests, retain, retain tests, sites, config)."""
+    """Everything that can be wrong before a weight is loaded. Returns (pairs, tests, retain, retain tests, sites, memory plan, config)."""
     check_args(args)
     rows = [concept_pairs(concept, args) for concept in args.concept]
     pairs = [r for part in rows for r in [r for r in part if r["split"] == "train"][:args.num_prompts]]
@@ -765,12 +937,14 @@ def prepare(args) -> tuple:
             meta = FluxTransformer2DModel.from_config(flux)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model: {args.model} is not a diffusers FLUX model: {first_line(error)}") from None
-    needed = 2**26 + (meta.num_parameters() * default_dtype(args.device).itemsize if args.save == "full" else 0)
+    shards = [file.stat().st_size for file in (Path(args.model) / "transformer").glob("*.safetensors")] or [2 * meta.num_parameters()]
+    needed = 2**26 + (sum(shards) if args.save == "full" else 0)
     free = shutil.disk_usage(next(p for p in (args.out_dir.absolute(), *args.out_dir.absolute().parents) if p.exists())).free
     if free < needed:
         raise UserError(f"--out_dir: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed; --save mask needs little")
-    folder = Path(args.model).resolve()
-    model = args.model if not folder.exists() else str(folder.relative_to(HERE)) if folder.is_relative_to(HERE) else str(folder)
+    if args.resume and args.checkpoint == "auto":                  # what was chosen then, whatever is free now
+        args.checkpoint = json.loads((args.out_dir / "config.json").read_text()).get("checkpoint", "auto")
+    plan, model = plan_memory(meta, args), portable_name(args.model)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "dry_run", "prompt_dir", "why", "device", "save_every", "out_dir", "is_tiny")}
     config |= dict(model=model, device_type=torch.device(args.device).type, versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers)})
@@ -780,7 +954,7 @@ def prepare(args) -> tuple:
             raise UserError(f"--resume: --{changed[0]} was {before.get(changed[0])}, now {config[changed[0]]}; repeat the same command")
         if (args.out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {args.out_dir} is finished")
-    return pairs, tests, retain, retain_tests or retain, gate_sites(meta, args.modules), config
+    return pairs, tests, retain, retain_tests or retain, gate_sites(meta, args.modules), plan, config
 
 
 def run(args) -> None:
@@ -790,41 +964,53 @@ def run(args) -> None:
         for flag in ("batch", "retain_batch"):
             if getattr(args, flag) % state.num_processes:
                 raise UserError(f"--{flag}: {getattr(args, flag)} prompts cannot be split evenly over {state.num_processes} processes")
-    began, (pairs, tests, retain, retain_tests, sites, config) = time.time(), prepare(args)
+    began, (pairs, tests, retain, retain_tests, sites, plan, config) = time.time(), prepare(args)
     total, out_dir = sum(sites.values()), args.out_dir
     state.print(f"model: {config['model']} ({args.why}); preset {args.preset}; {total:,} gates in {len(sites)} layers; "
-          f"{len(pairs)} concept pairs, {len(retain)} retain prompts", flush=True)
+          f"{len(pairs)} concept pairs, {len(retain)} retain prompts\n{plan}", flush=True)
     if args.dry_run:
         return print(json.dumps(config, indent=1))
-    pipe = load_pipeline(args.model, args.device)
+    pipe = load_pipeline(args.model, "cpu", default_dtype(args.device))     # mapped from its files, not read
     state.wait_for_everyone()                                      # all have looked whether out_dir is free
     if state.is_main_process:
         out_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(out_dir / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
 
-    cases = Cases(pipe, pairs, retain, args)
+    # text encoders go to the device first, if they fit, encode all there is to encode, and leave before the transformer comes
+    encoders, base = (pipe.text_encoder, pipe.text_encoder_2), fingerprint(pipe.transformer)
+    there = sum(p.nbytes for e in encoders for p in e.parameters()) + 2**30 < free_memory(args.device)
+    [e.to(args.device if there else "cpu") for e in encoders]
+    cases, shown = Cases(pipe, pairs, retain, args), [("concept prompts", tests[:6]), ("other prompts", retain_tests[:6])]
+    texts = [encode(pipe, [r["prompt"] for r in rows], args.max_sequence_length) for _, rows in shown]
+    pipe.text_encoder = pipe.text_encoder_2 = encoders = None
+    torch.cuda.empty_cache()
+    quantized(pipe.transformer, args.quantize, "cpu" if args.offload else args.device)
+    offload(pipe.transformer, args.device) if args.offload else pipe.transformer.to(args.device)
+
     gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
     train(cases, gate_logits, args, out_dir)
     if not state.is_main_process:
         return
-    mask = binary(gate_logits)
+    mask = binary(gate_logits, closing_threshold(gate_logits, args.max_closed))
 
     held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)
-    per_case = torch.tensor([args.batch / 32, args.retain_batch / 32, 0])
-    shown = [("concept prompts", tests[:6]), ("other prompts", retain_tests[:6])]
-    pictures = lambda: [draw(pipe, [r["prompt"] for r in rows], [r["evaluation_seed"] for r in rows], args) for _, rows in shown]
-    before, base, base_pictures = cases.loss({}, held_out, args.micro_batch) * per_case, fingerprint(pipe.transformer), pictures()
-    fold(pipe.transformer, mask)
-    after, erased_pictures = cases.loss({}, held_out, args.micro_batch) * per_case, pictures()        # against the cached base outputs
+    closing = {site: g.to(cases.pipe.transformer.device) for site, g in mask.items()}          # as good as folded (test_fold_equals_hooks)
+    results = []
+    for gates in ({}, closing):                                    # the base, whose outputs are then cached, and the erased model
+        results.append(cases.errors(gates, held_out, args.micro_batch).view(2, 32).mean(1).tolist())
+        with gated(pipe.transformer, gates):
+            results.append([draw(pipe, text, [r["evaluation_seed"] for r in rows], args, args.micro_batch) for text, (_, rows) in zip(texts, shown)])
+    before, base_pictures, after, erased_pictures = results
     save_preview(out_dir / "preview.png", [(f"{title}\n{name}", row[i]) for i, (title, _) in enumerate(shown)
                                            for name, row in (("base", base_pictures), ("erased", erased_pictures))])
     save_curves(out_dir / "curves.png", [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()])
     if args.save == "full":
-        pipe.transformer.save_pretrained(out_dir / "transformer")
+        save_folded(args.model, pipe.transformer, mask, out_dir / "transformer")
     closed = sum((g == 0).sum().item() for g in mask.values())
     hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; error to the neutral "
-               f"picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
+    summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; "
+               + f"with {args.quantize} weights, " * (args.quantize != "none")
+               + f"error to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
     (out_dir / "README.md").write_text(MODEL_CARD.format(**vars(args) | config | dict(
         modules=" and ".join(args.modules), concepts=", ".join(args.concept), pairs=len(pairs), retain=len(retain), summary=summary,
         held_out=len(held_out), fingerprint=base)))
@@ -834,15 +1020,7 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (UserError, json.JSONDecodeError) as error:
-        print(f"erase.py: error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"erase.py: failed: {first_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code("erase.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

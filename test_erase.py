@@ -1,19 +1,24 @@
 """pytest on a CPU, no network. Oracles: diffusers' own pipeline, plain autograd, weights zeroed by hand, uninterrupted runs."""
 import argparse
 import json
+import math
 import os
+import random
 import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""      # the oracles are fp32 on the CPU
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import attacks
 import bench
@@ -89,6 +94,28 @@ def test_share_of_trainable_gates_at_the_papers_start():
         erase.relax(logits, gate, uniform).sum().backward()
         shares[gate] = (logits.grad != 0).float().mean().item()
     assert shares["straight_through"] == 1 and 0.15 < shares["hard_concrete"] < 0.22, shares
+
+
+@pytest.mark.parametrize("max_closed", [0, 0.03, 0.5, 1])
+def test_no_more_gates_close_than_allowed(max_closed):
+    """The lowest logits close, never above 0 and never more than the share; training's forward gates are the final mask."""
+    generator = torch.Generator().manual_seed(0)
+    logits = {site: torch.randn(units, generator=generator) for site, units in dict(a=300, b=700).items()}
+    threshold = erase.closing_threshold(logits, max_closed)
+    mask, everything = erase.binary(logits, threshold), torch.cat(list(logits.values()))
+    wanted = min(int(max_closed * 1000), int((everything <= 0).sum()))
+    assert torch.cat(list(mask.values())).eq(0).sum() == wanted and (torch.cat(list(mask.values())) == 0)[everything.argsort()[:wanted]].all()
+    assert all(torch.equal(erase.relax(logit, "straight_through", threshold=threshold), mask[site]) for site, logit in logits.items())
+
+
+def test_hard_cases_come_more_often():
+    """With hard 1, cases are drawn in proportion to their latest error, those never seen like the worst; with 0, evenly."""
+    cases = argparse.Namespace(num_pairs=4, num_retain=4)
+    latest = torch.tensor([1.0, 0, 0, 0, 0.5, 0.5, 0, math.inf])
+    counts = lambda hard: torch.bincount(torch.tensor([case for case, _ in erase.Cases.sample(cases, random.Random(0), 600, 600, range(4), latest, hard)]), minlength=8)
+    hard, even = counts(1.0).tolist(), counts(0.0).tolist()
+    assert hard[0] > 590 and hard[6] < 10 and all(150 < n < 250 for n in (hard[4], hard[5], hard[7])), hard
+    assert all(100 < n < 200 for n in even) and sum(even) == 1200, even
 
 
 def test_gate_noise_is_a_function_of_seed_and_step():
@@ -170,9 +197,9 @@ def test_a_picture_does_not_depend_on_its_batch(pipe):
 
 
 # --------------------------------------------------------------------------------------------------------- backward
-@pytest.mark.parametrize("checkpoint, steps", [("step", 1), ("step", 2), ("step", 4), ("step", 7), ("block", 4), ("none", 4)])
+@pytest.mark.parametrize("checkpoint, steps", [("step", 1), ("step", 2), ("step", 4), ("step", 7), ("block", 4), ("both", 4), ("none", 4)])
 def test_stepwise_backward_equals_autograd(checkpoint, steps, transformer, inputs):
-    """Loss and gate gradients of the step-wise backward, with blocks checkpointed or not, are those of plain autograd through the whole rollout."""
+    """Loss and gate gradients of every form of the backward are those of plain autograd through the whole rollout."""
     noise, text, grid = inputs
     target = torch.randn(noise.shape, generator=torch.Generator().manual_seed(3))
     loss_of = lambda x: (x - target).square().mean()
@@ -191,38 +218,101 @@ def test_stepwise_backward_equals_autograd(checkpoint, steps, transformer, input
         assert plain[site].grad.any(), site
 
 
-def test_memory_does_not_grow_with_sampling_steps(transformer, inputs):
-    """The most bytes that autograd holds at once: equal at 2 and 12 sampling steps, while plain autograd's grow sixfold."""
+def allocated(transformer, inputs, steps, checkpoint, modules=("ffn", "norm")):
+    """The most bytes alive at once in one rollout and backward."""
     noise, text, grid = inputs
-    held = peak = 0
+    gates = {site: torch.ones(units, requires_grad=True) for site, units in erase.gate_sites(transformer, modules).items()}
+    with bench.Allocated() as memory, erase.gated(transformer, gates):
+        erase.rollout_backward(transformer, noise, text, sigmas(steps), grid, lambda x: x.square().mean(), checkpoint)
+    return memory.peak
 
-    class Saved:                                  # lives exactly as long as its node of the graph
-        def __init__(self, tensor):
-            nonlocal held, peak
-            self.tensor = tensor
-            held += tensor.nbytes
-            peak = max(peak, held)
 
-        def __del__(self):
-            nonlocal held
-            held -= self.tensor.nbytes
+def test_memory_does_not_grow_with_sampling_steps(transformer, inputs):
+    """Peak memory of the step-wise forms at 4 and 28 sampling steps: equal within 5 % beside the latents between steps; plain autograd's grows more than fivefold."""
+    peaks = {checkpoint: [allocated(transformer, inputs, steps, checkpoint) for steps in (4, 28)] for checkpoint in ("step", "both", "none")}
+    assert all(peaks[c][1] - 24 * inputs[0].nbytes <= 1.05 * peaks[c][0] for c in ("step", "both")) and peaks["none"][1] > 5 * peaks["none"][0], peaks
 
-    def measure(steps, stepwise):
-        nonlocal peak
-        peak = 0
-        gates = {site: torch.ones(units, requires_grad=True) for site, units in erase.gate_sites(transformer).items()}
-        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor), erase.gated(transformer, gates):
-            if stepwise:
-                erase.rollout_backward(transformer, noise, text, sigmas(steps), grid, lambda x: x.square().mean())
-            else:
-                x = noise
-                for s, s_next in zip(sigmas(steps), sigmas(steps)[1:]):
-                    x = erase.euler(transformer, x, s, s_next, text, grid)
-                x.square().mean().backward()
-        return peak
 
-    stepwise, plain = ([measure(steps, kind) for steps in (2, 12)] for kind in (True, False))
-    assert stepwise[1] <= 1.05 * stepwise[0] and plain[1] > 4 * plain[0], (stepwise, plain)
+# ----------------------------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("modules", [("ffn", "norm"), erase.MODULES], ids="-".join)
+@pytest.mark.parametrize("checkpoint", ["none", "step", "block", "both"])
+def test_memory_estimate(checkpoint, modules, pipe):
+    """What erase.py says a backward needs is within 20 % of what it allocates, on tiny/flux at 128 pixels."""
+    size = argparse.Namespace(height=128, width=128, num_inference_steps=4, max_sequence_length=24, modules=modules, micro_batch=2, device="cpu")
+    said = erase.memory_needed(pipe.transformer, size, checkpoint, "none", False) - 2**30 - sum(p.nbytes for p in pipe.transformer.parameters())
+    real = allocated(pipe.transformer, bench.make_case(pipe.transformer, 2, 128, 128, 24), 4, checkpoint, modules)
+    assert abs(said / real - 1) < 0.2, (said, real)
+
+
+COMMAND = ["--concept", "gun", "--model", str(HERE / "tiny/flux"), "--dry_run"]
+
+
+def test_checkpoint_auto_takes_what_fits(tmp_path, capsys, monkeypatch):
+    """Less and less free memory: auto goes from no recompute to steps, blocks and both, and at last stops with what would fit; a resumed run keeps its choice."""
+    size = ["--height", "256", "--width", "256", "--num_inference_steps", "28", "--checkpoint", "auto", "--out_dir", str(tmp_path / "out")]
+    args = erase.parse_args([*COMMAND, *size])
+    needs = {mode: erase.memory_needed(erase.load_pipeline(erase.TINY, "cpu").transformer, args, mode, "none", False) for mode in ("none", "step", "block", "both")}
+    for mode, needed in sorted(needs.items(), key=lambda x: x[1]):
+        monkeypatch.setattr(erase, "free_memory", lambda device: needed)
+        assert erase.main([*COMMAND, *size]) == 0
+        best = next(m for m in needs if needs[m] <= needed)
+        printed = capsys.readouterr().out
+        assert f"checkpoint {best}: needs about" in printed
+        if mode == "both":
+            write(tmp_path / "config.json", printed[printed.index("{"):])
+    assert erase.main([*COMMAND, *size[:-1], str(tmp_path), "--resume"]) == 0 and "checkpoint both: needs about" in capsys.readouterr().out
+    monkeypatch.setattr(erase, "free_memory", lambda device: min(needs.values()) - 1)
+    assert erase.main([*COMMAND, *size]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("erase.py: error: --checkpoint: both needs about") and "--quantize nf4 (" in error and "--micro_batch 1" in error
+    monkeypatch.setattr(erase, "free_memory", lambda device: 1000)
+    assert erase.main([*COMMAND, *size]) == 2 and "nothing fits; try a smaller --height" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpoint", ["block", "both"])
+def test_offloaded_blocks_are_on_the_device_only_while_they_compute(checkpoint, transformer, inputs):
+    """With offload, gradients are those of plain autograd, no two blocks' copies are alive at once, and none is left: the weights stay where they were."""
+    noise, text, grid = inputs
+    gates = [{site: torch.full((units,), 0.7, requires_grad=True) for site, units in erase.gate_sites(transformer, erase.MODULES).items()} for _ in range(2)]
+    loss = lambda x: x.square().mean()
+    with erase.gated(transformer, gates[0]):
+        erase.rollout_backward(transformer, noise, text, sigmas(3), grid, loss, "none")
+    places = lambda: {n: p.data_ptr() for n, p in transformer.named_parameters() if "blocks" in n}
+    weights, alive, most = places(), {}, 0
+
+    def seen(module, inputs, name):
+        nonlocal most
+        assert module.weight.data_ptr() != weights[f"{name}.weight"]                      # a copy
+        alive[f"{name} {len(alive)}"] = weakref.ref(module.weight)
+        most = max(most, len({n.split(".attn")[0].split(".ff")[0].split(".norm")[0].split(".proj")[0] for n, copy in alive.items() if copy() is not None}))
+
+    erase.offload(transformer, "cpu:0")                            # to torch another device than "cpu", so that .to() copies
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and "blocks" in name:
+            module.register_forward_pre_hook(lambda m, i, name=name: seen(m, i, name))
+    with erase.gated(transformer, gates[1]):
+        erase.rollout_backward(transformer, noise, text, sigmas(3), grid, loss, checkpoint)
+    for site in gates[0]:
+        assert torch.allclose(gates[0][site].grad, gates[1][site].grad, rtol=1e-4, atol=1e-7), site
+    assert most == 1 and not any(copy() is not None for copy in alive.values()), most
+    assert places() == weights
+
+
+@pytest.mark.parametrize("kind, library", erase.LIBRARIES.items())
+def test_quantized_weights_give_the_same_gradients(kind, library):
+    """Gate gradients with frozen weights in 8 or 4 bits: cosine to full precision at least 0.98, without and with offload."""
+    pytest.importorskip(library)
+    pipe, gradients = erase.load_pipeline(erase.TINY, "cpu"), []
+    text = erase.stack(erase.encode(pipe, ["a gun on a red background", "an apple"], 24), "cpu")
+    noise, target = (erase.init_latents(pipe, seeds, 64, 64) for seeds in ([3, 4], [5, 6]))
+    for change in (lambda: None, lambda: erase.quantized(pipe.transformer, kind, "cpu"), lambda: erase.offload(pipe.transformer, "cpu:0")):
+        change()
+        gates = {site: torch.ones(units, requires_grad=True) for site, units in erase.gate_sites(pipe.transformer, erase.MODULES).items()}
+        with erase.gated(pipe.transformer, gates):
+            erase.rollout_backward(pipe.transformer, noise, text, sigmas(4), (4, 4), lambda x: (x - target).square().mean(), "block")
+        gradients.append(torch.cat([g.grad for g in gates.values()]))
+    cosine = torch.nn.functional.cosine_similarity(gradients[0], gradients[1], 0)
+    assert 0.98 <= cosine < 1 and torch.allclose(gradients[1], gradients[2], rtol=1e-4), cosine
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -269,6 +359,51 @@ def test_mask_round_trip_and_refusals(tmp_path, transformer):
         erase.load_mask(path, transformer)
     with pytest.raises(erase.UserError, match="not a readable safetensors"):
         erase.load_mask(tmp_path / "none.safetensors", transformer)
+
+
+@pytest.mark.parametrize("dtype, shard", [(torch.float32, "5GB"), (torch.bfloat16, "20KB")], ids=["one file", "shards"])
+def test_saving_folds_the_stored_files(dtype, shard, tmp_path, transformer):
+    """The saved folder is the base folded in memory, bit for bit, in the stored dtype, sharded or not, and replaces what a killed run left; other formats
+    of the base's weights are not copied along."""
+    mask, base, out = random_mask(transformer), tmp_path / "base/transformer", tmp_path / "out/transformer"
+    transformer.to(dtype).save_pretrained(base, max_shard_size=shard)
+    (base / "diffusion_pytorch_model.bin").write_text("unfolded")
+    for leftover in (out, out.with_name("transformer.tmp")):
+        leftover.mkdir(parents=True), (leftover / "old.safetensors").write_text("")
+    before = {f.name: f.read_bytes() for f in base.iterdir()}
+    erase.save_folded(str(tmp_path / "base"), transformer, mask, out)
+    erase.fold(transformer, mask)
+    ours = FluxTransformer2DModel.from_pretrained(out, dtype=dtype).state_dict()
+    assert all(torch.equal(ours[k], v) and ours[k].dtype == dtype for k, v in transformer.state_dict().items())
+    assert {f.name: f.read_bytes() for f in base.iterdir()} == before and (len(before) > 5) == (shard != "5GB")
+    assert {f.name for f in out.iterdir()} == before.keys() - {"diffusion_pytorch_model.bin"} and [f.name for f in out.parent.iterdir()] == ["transformer"]
+
+
+def test_saving_holds_no_weights_in_memory(tmp_path):
+    """Folding and saving 160 MiB of weights takes less than 16 MiB of anonymous memory (mapped files not counted)."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=16, axes_dims_rope=(16, 24, 24))
+    model.to_empty(device="cpu").save_pretrained(tmp_path / "transformer", max_shard_size="40MB")
+    mask = random_mask(model)
+    peak = anonymous_memory_of(lambda: erase.save_folded(str(tmp_path), model, mask, tmp_path / "out"))
+    assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) > 160 * 2**20 and peak < 16 * 2**20, peak
+
+
+def anonymous_memory_of(work) -> int:
+    """The most bytes of anonymous resident memory that work() adds to this process (Linux), sampled every millisecond."""
+    read = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    samples, stop, start = [0], threading.Event(), read()
+
+    def sample():
+        while not stop.wait(0.001):
+            samples.append(read() - start)
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        work()
+    finally:
+        stop.set(), thread.join()
+    return max(samples)
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -363,8 +498,10 @@ BAD = [
     (["--steps", "0"], "--steps: must be at least 1, not 0"),
     (["--batch", "-1"], "--batch: must be at least 1"),
     (["--beta", "-1"], "--beta: must be a number >= 0"),
+    (["--hard", "1.5"], "--hard: must be between 0 and 1, not 1.5"),
+    (["--max_closed", "-0.1"], "--max_closed: must be between 0 and 1, not -0.1"),
     (["--lr_ffn", "nan"], "--lr_ffn: must be a number >= 0"),
-    (["--height", "60"], "--height: must be a multiple of 16"),
+    (["--height", "60"], "--height: must be at least 16 and a multiple of 16"),
     (["--modules", "ffn", "bias"], "argument --modules: invalid choice: 'bias'"),
     (["--gate", "step"], "argument --gate: invalid choice: 'step'"),
     (["--concept", " "], "--concept: is empty"),
@@ -376,6 +513,9 @@ BAD = [
     (["--out_dir", "prompts"], "--out_dir: prompts is not empty"),
     (["--out_dir", "LICENSE"], "--out_dir: LICENSE is a file"),
     (["--resume", "--out_dir", "no_such_folder"], "--resume: no run to go on with in no_such_folder"),
+    (["--offload", "--checkpoint", "step"], "--offload: needs --checkpoint block or both, not step"),
+    (["--quantize", "int2"], "argument --quantize: invalid choice: 'int2'"),
+    *[(["--quantize", kind], f"--quantize: {kind} needs a library that is not here: pip install {library}") for kind, library in erase.LIBRARIES.items() if not find_spec(library)],
     ([HEADER.replace("neutral_", "neutral")], "has no column 'neutral_prompt'"),
     ([HEADER], "holds no prompts"),
     ([HEADER + "0,a gun,nothing,1,training\n"], "line 2: split is 'training'"),
@@ -413,7 +553,7 @@ def test_no_disk_space_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_non_finite_loss_stops_the_run(tmp_path, capsys, monkeypatch):
     """A loss that is not finite ends the run with exit code 1, naming the step."""
-    monkeypatch.setattr(erase, "objective", lambda final, *a: [final.sum() * float("nan")] * 3)
+    monkeypatch.setattr(erase, "squared_errors", lambda final, target: final.flatten(1).sum(1) * float("nan"))
     assert erase.main(["--concept", "gun", "--model", str(HERE / "tiny/flux"), "--out_dir", str(tmp_path / "out")]) == 1
     assert "step 0: the loss is nan" in capsys.readouterr().err
 
@@ -473,7 +613,7 @@ def test_evaluation_controls(evaluation):
     """The base drawn again is the base; as many gates closed at random are as many; binary gates leave no gap to the soft ones."""
     base, ours, again, random, soft = evaluation[1]["results"].values()
     assert again == base and base["ssim"] == 1 and ours["ssim"] < 1
-    assert random["closed"] == ours["closed"] > 0 and soft["acc"] == ours["acc"]
+    assert random["closed"] == ours["closed"] > 0 and random["ssim"] != ours["ssim"] and soft["acc"] == ours["acc"]
 
 
 def test_acc_agrees_with_an_independent_count(evaluation):
@@ -501,6 +641,33 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation):
     assert lost.read_bytes() == picture and before == [f.stat().st_mtime_ns for f in (out / "base/retain").glob("*.png")]
 
 
+def test_killed_evaluation_goes_on(erased, evaluation, tmp_path):
+    """Killed while drawing, the same command ends in the pictures and figures of an uninterrupted one."""
+    out, results = evaluation
+    process = subprocess.Popen([sys.executable, "evaluate.py", str(erased), *EVALUATE, "--controls", "--out_dir", str(tmp_path)], cwd=HERE, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while not list(tmp_path.glob("*gun/concept/*.png")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill(), process.wait()
+    drawn = list(tmp_path.glob("*/*/*.png"))
+    assert 38 < len(drawn) < 5 * 38 and not (tmp_path / "results.json").exists()
+    assert score(erased, *EVALUATE, "--controls", "--out_dir", tmp_path) == results
+    assert all(f.read_bytes() == (out / f.relative_to(tmp_path)).read_bytes() for f in tmp_path.glob("*/*/*.png"))
+
+
+def test_pictures_of_other_weights_are_refused(erased, evaluation, capsys, monkeypatch, pipe):
+    """Pictures drawn under an earlier mask do not count as those of the mask that is there now."""
+    monkeypatch.chdir(HERE)
+    file, before = erased / "mask.safetensors", (erased / "mask.safetensors").read_bytes()
+    mask = erase.load_mask(file, pipe.transformer)
+    try:
+        erase.save_mask(file, {site: 1 - g for site, g in mask.items()}, erase.fingerprint(pipe.transformer))
+        assert evaluate.main([str(erased), *EVALUATE, "--out_dir", str(evaluation[0])]) == 2
+    finally:
+        file.write_bytes(before)
+    assert "holds pictures of other prompts, sizes or weights" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_two_processes_score_as_one(erased, evaluation, tmp_path):
     """Two CPU processes (torchrun, gloo) draw and judge one half each and give the figures of one."""
     assert score(erased, *EVALUATE, "--controls", "--out_dir", tmp_path, launch=TWO_PROCESSES, says="on 2 processes") == evaluation[1]
@@ -514,7 +681,14 @@ def test_wilson_interval_solves_its_equation(hits, n):
     assert evaluate.rate([1, 0, float("nan"), 1]) == evaluate.rate([1, 0, 1]) | dict(unparsable=1)
 
 
-def test_fid_agrees_with_the_formula():
+def save_pictures(folder, pictures):
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i:03d}.png")
+    return sorted(folder.iterdir())
+
+
+def test_fid_agrees_with_the_formula(tmp_path):
     """torchmetrics' FID on the judge's features equals |m - m'|^2 + tr(S + S' - 2 (S S')^1/2) in plain NumPy; too few pictures are refused."""
     import numpy as np
     from PIL import Image
@@ -524,15 +698,16 @@ def test_fid_agrees_with_the_formula():
     a, b = (judge.embed_pictures(p).double().numpy() for p in (real, fake))
     s, t = np.cov(a.T), np.cov(b.T)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * np.sqrt(np.linalg.eigvals(s @ t).astype(complex)).real.sum()
-    assert abs(evaluate.fid(real, fake, evaluate.JudgeFeatures(judge)) - expected) < 1e-3 < expected
+    real, fake = save_pictures(tmp_path / "real", real), save_pictures(tmp_path / "fake", fake)
+    assert abs(evaluate.fid(real, fake, evaluate.JudgeFeatures(judge), (64, 64)) - expected) < 1e-3 < expected
     with pytest.raises(erase.UserError, match="more than that"):
-        evaluate.fid(real[:100], fake, evaluate.JudgeFeatures(judge))
+        evaluate.fid(real[:100], fake, evaluate.JudgeFeatures(judge), (64, 64))
 
 
-def test_ssim_tells_noise_apart(pipe):
+def test_ssim_tells_noise_apart(pipe, tmp_path):
     """SSIM of a list with itself is 1, of the base with itself under other noise clearly less."""
     prompts = ["a gun on a red background", "a cat and a dog on a blue background", "an owl on a white background"]
-    a, b = (erase.draw(pipe, prompts, seeds, SIZE) for seeds in ([1, 2, 3], [4, 5, 6]))
+    a, b = (save_pictures(tmp_path / str(seeds[0]), erase.draw(pipe, prompts, seeds, SIZE)) for seeds in ([1, 2, 3], [4, 5, 6]))
     assert evaluate.ssim(a, a) == 1 and evaluate.ssim(a, b) < 0.9
 
 
@@ -609,6 +784,19 @@ def test_nudenet_table(tmp_path):
         nudenet(write(tmp_path / "b.png", "no picture"))
 
 
+def test_unparsable_answers_are_counted(erased, tmp_path, capsys, monkeypatch):
+    """A random LLaVA hardly ever says yes or no: a whole evaluation by it, with NudeNet, counts every answer that is neither, and stores every box."""
+    monkeypatch.chdir(HERE)
+    save_small("llava", tmp_path / "llava")
+    assert evaluate.main([str(erased), "--judge", str(tmp_path / "llava"), "--nudenet", "--num_pictures", "3", "--per_neighbour", "0", "--fid", "none", "--device", "cpu",
+                          "--out_dir", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert "unparsable" in capsys.readouterr().out
+    for column, file in zip(results.values(), ("nudenet_base.json", "nudenet_*gun.json")):
+        assert column["acc"]["n"] + column["acc"]["unparsable"] == column["nude, 9 classes at 0.6"]["n"] == 3
+        assert len(json.loads(next((tmp_path / "out").glob(file)).read_text())) == 3
+
+
 def onnx_constants(path, **outputs):
     """An ONNX model (protobuf, written by hand) that returns the given arrays for any (1, H, W, 3) picture."""
     import numpy as np
@@ -661,9 +849,9 @@ def test_compare_takes_baselines(erased, evaluation, tmp_path):
     out, results = evaluation
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours/transformer").symlink_to(erased / "transformer")
-    compared = score("--compare", erased, tmp_path / "ours", "tiny/flux", out / "base", *EVALUATE, "--out_dir", tmp_path / "out")["results"]
-    base, ours, transformer, pipeline, pictures = ({k: v for k, v in r.items() if k != "closed"} for r in compared.values())
-    assert ours == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
+    compared = score("--compare", erased, tmp_path / "ours", erased / "transformer", "tiny/flux", out / "base", *EVALUATE, "--out_dir", tmp_path / "out")["results"]
+    base, ours, inside, transformer, pipeline, pictures = ({k: v for k, v in r.items() if k != "closed"} for r in compared.values())
+    assert ours == inside == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
 
 
 BAD_EVALUATIONS = [
@@ -674,44 +862,59 @@ BAD_EVALUATIONS = [
     (["{unfinished}"], "no mask.safetensors"),
     (["{foreign}"], "made for base weights"),
     (["{erased}", "--num_pictures", "0"], "--num_pictures: must be at least 1"),
-    (["{erased}", "--num_pictures", "20"], "--fid: 20 retain pictures, but covariances of 128 features need more"),
+    (["{erased}", "--num_pictures", "20"], "--fid: 20 pictures, but covariances of 128 features need more"),
     (["{erased}", "--judge", "no/such"], "--judge: cannot load no/such"),
     (["{erased}", "--judge", "tiny/flux/text_encoder_2"], "neither compares pictures with texts"),
-    (["{erased}", "--prompts", "prompts/gun.csv", "--where", "n=1"], "--where: 'n=1' is not"),
+    (["{erased}", "--prompts", "prompts/gun.csv", "--where", "n=1"], "--where: 'n=1' is no condition on case_number"),
     (["{erased}", "--where", "n>1"], "--where: goes with --prompts"),
     (["{erased}", "--prompts", "none.txt"], "--prompts: cannot read none.txt"),
     (["{erased}", "--prompts", "hf:no/such#prompt"], "--prompts: cannot load no/such"),
     (["{erased}", "--prompts", "hf:tiny/no_such"], "--prompts: cannot load tiny/no_such"),
     (["{erased}", "--prompts", "{bad}/p.csv"], "has no column 'prompt'; it has text"),
+    (["{erased}", "--bogus"], "unrecognized arguments: --bogus"),
+    (["{erased}", "--height", "30"], "--height: must be at least 16 and a multiple of 16"),
+    (["{erased}", "--threshold", "2"], "--threshold: must be between 0 and 1"),
+    (["{erased}", "--clip", "no/such"], "cannot load no/such"),
+    (["{erased}", "--clip", "none", "--fid", "none"], "--clip none: the nearest concepts"),
+    (["{erased}", "--judge", "{half}"], "has no weights for vision_model"),
+    (["{erased}", "--prompts", "{bad}/seed.csv"], "evaluation_seed 'x' is not a whole number"),
+    (["{erased}", "--real", "{bad}"], "is no whole picture"),
+    (["{erased}", "--real", "{pictures}/concept"], "--fid: 1 pictures, but covariances of 128 features"),
+    (["--compare", "{erased}", "{erased}"], "two columns of the same name"),
+    (["{broken}"], "config.json: Expecting"),
     (["--compare", "{sizes}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "1", "--per_neighbour", "0"], "is 32 x 32 pixels, not 64 x 64"),
     (["{erased}", "--real", "no_such_folder"], "--real: no_such_folder is no folder"),
-    (["{erased}", "--nudenet_v2", "v2.onnx"], "--nudenet_v2: v2.onnx or"),
-    (["--compare", "{pictures}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "2", "--per_neighbour", "0"], "no picture concept/"),
+    (["{erased}", "--nudenet_v2", "v2.onnx"], "--nudenet_v2: cannot load v2.onnx"),
+    (["--compare", "{pictures}", "--concept", "gun", "--model", "tiny/flux", "--fid", "none", "--num_pictures", "2", "--per_neighbour", "0"], "no such picture"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", BAD_EVALUATIONS, ids=[m[:40] for _, m in BAD_EVALUATIONS])
 def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatch):
-    """Bad input ends in exit code 2 and one line, before any picture of the erased model is drawn."""
+    """Bad input ends in exit code 2 and one line, before any picture is drawn."""
     from PIL import Image
     monkeypatch.chdir(HERE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("empty", "unfinished", "foreign", "pictures/concept"):
+    for name in ("empty", "unfinished", "foreign", "broken", "pictures/concept"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("unfinished", "foreign"):
         (tmp_path / name / "config.json").write_bytes((erased / "config.json").read_bytes())
     erase.save_mask(tmp_path / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123")
     Image.new("RGB", (64, 64)).save(tmp_path / "pictures/concept/00000_1.png")
-    (tmp_path / "bad").mkdir(), write(tmp_path / "bad/p.csv", "text\na gun\n")
+    (tmp_path / "bad").mkdir(), write(tmp_path / "bad/p.csv", "text\na gun\n"), write(tmp_path / "bad/seed.csv", "prompt,evaluation_seed\na gun,x\n")
+    write(tmp_path / "broken/config.json", "{")
+    if "{half}" in arguments:                                          # a CLIP whose vision tower has no weights
+        save_small("clip", tmp_path / "half")
+        save_file({k: v for k, v in load_file(tmp_path / "half/model.safetensors").items() if "vision" not in k}, tmp_path / "half/model.safetensors")
     if "{sizes}" in arguments:
         for file, size in (("concept/00000_1024", 64), ("synonyms/00000_1024", 32), ("retain/00000_1400", 64)):
             (tmp_path / "sizes" / file).parent.mkdir(parents=True)
             Image.new("RGB", (size, size)).save(tmp_path / f"sizes/{file}.png")
-    folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "pictures", "bad", "sizes")})
+    folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "broken", "pictures", "bad", "sizes", "half")})
     code = evaluate.main([a.format(**folders) for a in arguments] + ["--device", "cpu", "--out_dir", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
-    assert not list((tmp_path / "out").glob("*erased*/**/*.png"))
+    assert not list((tmp_path / "out").glob("**/*.png"))
 
 
 # ---------------------------------------------------------------------------------------------------------- attacks
@@ -866,4 +1069,34 @@ def test_the_two_backward_loop_gives_the_same_gradients(transformer, inputs, cap
         erase.rollout_backward(transformer, noise, text, sigmas(3), grid, lambda x: x.square().mean())
     for site in gates[0]:
         assert torch.allclose(gates[0][site].grad, gates[1][site].grad, rtol=1e-4, atol=1e-7), site
-    assert bench.main(["--full"]) == 2 and "--full: needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_bench_tables_and_refusals(tmp_path, capsys):
+    """README's tables come from the committed results; bad input is one line."""
+    files = sorted(HERE.glob("bench/*.json"))
+    assert files and bench.main(["--table", *map(str, files)]) == 0
+    printed = capsys.readouterr().out
+    for results in (json.loads(file.read_text()) for file in files):
+        for row in results.get("forms", []) + results.get("full", []):
+            assert f"| {' | '.join(map(str, row.values()))} |" in printed
+    for arguments, message in ((["--full"], "--full: needs a CUDA GPU"), (["--repeats", "0"], "--micro_batch: must be at least 1"), (["--table", "none.json"], "--table: cannot read none.json")):
+        assert bench.main(arguments) == 2 and message in capsys.readouterr().err
+
+
+def test_flops_of_full_size_flux():
+    """bench.py's count of a forward at 512 pixels: per block and token 12 width^2 multiply-adds in linear layers, and attention over 1,280 tokens."""
+    tokens, width, blocks = 512 * 512 // 256 + 256, 24 * 128, 19 + 38
+    by_hand = blocks * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
+    assert abs(bench.forward_flops(512) / by_hand - 1) < 0.02
+
+
+def test_full_bench_goes_on_where_it_stopped(monkeypatch):
+    """bench.py --full's code on the CPU at a small size: a row per mode, nothing begun after the limit, and known rows kept."""
+    monkeypatch.setattr(bench, "SCHNELL", bench.SCHNELL | dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
+    monkeypatch.setattr(bench, "MATMUL", 64)
+    args = argparse.Namespace(quantize=["none"], sizes=[16, 32], forms=["none", "both"], micro_batch=2, repeats=1, limit=0)
+    assert len(bench.bench_full(args, [dict(known=1)], "cpu")["not_measured"]) == 4
+    args.limit = 100
+    rows = bench.bench_full(args, [], "cpu")["full"]
+    assert [(r["size"], r["form"]) for r in rows] == [(16, "none"), (16, "both"), (32, "none"), (32, "both")] and all(r["sec_per_step"] > 0 for r in rows)
+    assert bench.bench_full(args, list(rows), "cpu")["full"] == rows
