@@ -91,6 +91,11 @@ def exit_code(script: str, run) -> int:
     return 0
 
 
+def local_name(name: str) -> str:
+    """The inverse of portable_name: a path inside this kit, made absolute; anything else as it is."""
+    return str(HERE / name) if (HERE / name).exists() else name
+
+
 def portable_name(name: str) -> str:
     """A hub id as it is, a path inside this kit relative to it, any other path absolute."""
     path = Path(name).resolve()
@@ -447,7 +452,7 @@ def load_erased(path, device=None, dtype=None) -> FluxPipeline:
         if not (path / name).is_file():
             raise UserError(f"{path}: no {name}, so no finished erased model")
     model = json.loads((path / "config.json").read_text())["model"]
-    pipe = load_pipeline(str(HERE / model) if (HERE / model).exists() else model, device, dtype)
+    pipe = load_pipeline(local_name(model), device, dtype)
     fold(pipe.transformer, load_mask(path / "mask.safetensors", pipe.transformer))
     return pipe
 
@@ -677,9 +682,9 @@ class Cases:
         return torch.cat(errors).cpu()                             # read once: nothing waits for the GPU in between
 
 
-def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
-    """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits. Under accelerate launch, each process
-    takes its share of a step's cases and the gradients are summed."""
+def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, torch.Tensor]:
+    """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits; returns the final mask. Under accelerate
+    launch, each process takes its share of a step's cases and the gradients are summed."""
     state = PartialState()
     sites = {site: logit.numel() for site, logit in gate_logits.items()}
     groups = {"norm": args.lr_norm, "ffn": args.lr_ffn}
@@ -687,12 +692,12 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
     optimizer = torch.optim.AdamW([dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
     latest = torch.full((cases.num_pairs + cases.num_retain,), math.inf)          # each case's error when it was last seen
     start = load_state(out_dir, gate_logits, optimizer, latest)
+    threshold = closing_threshold(gate_logits, args.max_closed)
     metrics = open(out_dir / "metrics.jsonl" if state.is_main_process else os.devnull, "a")
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase", disable=not state.is_main_process)
     for step in bar:
         began, rng = time.time(), random.Random(f"{args.seed} {step}")
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
-        threshold = closing_threshold(gate_logits, args.max_closed)
         relaxed = {site: relax(logit, args.gate, uniform.get(site), threshold) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
         noise_seeds = range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
@@ -712,13 +717,15 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path):
         latest[[case for case, _ in chosen]] = errors
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
             [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
-        row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits, closing_threshold(gate_logits, args.max_closed))),
+        threshold = closing_threshold(gate_logits, args.max_closed)
+        row = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss, closed=closed_share(binary(gate_logits, threshold)),
                    sec_per_step=round(time.time() - began, 3))
         metrics.write(json.dumps(row) + "\n"), metrics.flush()
         bar.set_postfix(erase=f"{erase_loss:.4f}", preserve=f"{preserve_loss:.4f}", closed=f"{row['closed']:.1%}", sec=row["sec_per_step"])
         if state.is_main_process and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_state(out_dir, gate_logits, optimizer, latest, step + 1)
     metrics.close()
+    return binary(gate_logits, threshold)
 
 
 def save_state(out_dir: Path, gate_logits: dict, optimizer, latest: torch.Tensor, step: int) -> None:
@@ -874,6 +881,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def check_device(device: str) -> None:
+    """Raises UserError if torch cannot use it."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {device}: {first_line(error)}") from None
+
+
 def check_args(args) -> None:
     """What the command line alone can get wrong. Raises UserError."""
     for flag in ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length"):
@@ -900,10 +915,7 @@ def check_args(args) -> None:
         raise UserError("--neutral: goes with template prompts, not with --prompts" if args.prompts else "--neutral: starts or ends with a blank")
     if args.neutral and any(mentions(c, args.neutral) for c in args.concept):
         raise UserError(f"--neutral: {args.neutral!r} contains the concept")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {args.device}: {first_line(error)}") from None
+    check_device(args.device)
     if args.out_dir.exists() and not args.out_dir.is_dir():
         raise UserError(f"--out_dir: {args.out_dir} is a file")
     if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.resume:
@@ -988,15 +1000,13 @@ def run(args) -> None:
     offload(pipe.transformer, args.device) if args.offload else pipe.transformer.to(args.device)
 
     gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
-    train(cases, gate_logits, args, out_dir)
+    mask = train(cases, gate_logits, args, out_dir)
     if not state.is_main_process:
         return
-    mask = binary(gate_logits, closing_threshold(gate_logits, args.max_closed))
 
     held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)
-    closing = {site: g.to(cases.pipe.transformer.device) for site, g in mask.items()}          # as good as folded (test_fold_equals_hooks)
     results = []
-    for gates in ({}, closing):                                    # the base, whose outputs are then cached, and the erased model
+    for gates in ({}, mask):                                       # the base, and the erased model: as good as folded (test_fold_equals_hooks)
         results.append(cases.errors(gates, held_out, args.micro_batch).view(2, 32).mean(1).tolist())
         with gated(pipe.transformer, gates):
             results.append([draw(pipe, text, [r["evaluation_seed"] for r in rows], args, args.micro_batch) for text, (_, rows) in zip(texts, shown)])

@@ -638,10 +638,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError(f"--real: {args.real} is no folder of pictures")
     if args.where and not args.prompts:
         raise UserError("--where: goes with --prompts")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {args.device}: {first_line(error)}") from None
+    erase.check_device(args.device)
     return args
 
 
@@ -660,7 +657,7 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
     if not all(c.replace("_", " ").strip() for c in args.concept):
         raise UserError("--concept: is empty")
     args.concepts = [c.replace("_", " ").lower() for c in args.concept]       # as the vocabulary spells them
-    args.model = str(HERE / args.model) if (HERE / args.model).exists() else args.model
+    args.model = erase.local_name(args.model)
     args.is_tiny = Path(args.model).resolve() == Path(TINY).resolve()
     preset = erase.PRESETS.index("tiny" if args.is_tiny else "paper")
     sizes = {name: erase.DEFAULTS[name][preset] for name in ("height", "width", "max_sequence_length")}
