@@ -203,6 +203,14 @@ def gated(transformer: FluxTransformer2DModel, gates: dict[str, torch.Tensor]):
             handle.remove()
 
 
+def compile_blocks(transformer: FluxTransformer2DModel, **options) -> None:
+    """torch.compile block by block, in place. By torch's default nothing checks whether hooks came or went before a graph is used again, so that a block
+    compiled for a base picture would leave its gates out for ever: switched on here (test_compiled_blocks_see_their_gates)."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.config.recompile_limit = 64                      # 8 is too few: with gates or not, gradients or not, for every batch size
+    transformer.compile_repeated_blocks(**options)
+
+
 # ------------------------------------------------------------------------------------------------------------- flow
 @torch.no_grad()
 def encode(pipe: FluxPipeline, prompts: list[str], max_sequence_length: int, batch: int = 32) -> list[tuple]:
@@ -855,6 +863,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help="what the backward recomputes; auto: as little as memory allows (tiny: none, else auto)")
     add("--quantize", choices=("none", *LIBRARIES), default="none", help="frozen weights in training; what is saved is folded into the original ones (%(default)s)")
     add("--offload", action="store_true", help="keep the blocks' frozen weights in CPU memory, for the smallest cards; goes with a larger --micro_batch")
+    add("--compile", action="store_true", help="torch.compile each block; whether that pays on a GPU is not measured")
     add("--seed", type=int, default=0)
     add("--out_dir", type=Path, help="(erased/<concept>)")
     add("--save", choices=("full", "mask"), default="full", help="mask: no transformer folder, which is 24 GB for FLUX (%(default)s)")
@@ -909,6 +918,8 @@ def check_args(args) -> None:
         raise UserError("--concept: is empty")
     if args.offload and args.checkpoint in ("none", "step"):
         raise UserError(f"--offload: needs --checkpoint block or both, not {args.checkpoint}, which keeps every block's weights for the backward")
+    if args.compile and (args.offload or args.quantize == "fp8"):  # weights swapped inside a block; torchao's tensors, which torch 2.13 cannot differentiate
+        raise UserError(f"--compile: does not go with --{'offload' if args.offload else 'quantize fp8'}")
     if args.quantize != "none" and not find_spec(LIBRARIES[args.quantize]):
         raise UserError(f"--quantize: {args.quantize} needs a library that is not here: pip install {LIBRARIES[args.quantize]}")
     if args.neutral is not None and (args.prompts or args.neutral != args.neutral.strip()):
@@ -998,6 +1009,8 @@ def run(args) -> None:
     torch.cuda.empty_cache()
     quantized(pipe.transformer, args.quantize, "cpu" if args.offload else args.device)
     offload(pipe.transformer, args.device) if args.offload else pipe.transformer.to(args.device)
+    if args.compile:
+        compile_blocks(pipe.transformer)
 
     gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
     mask = train(cases, gate_logits, args, out_dir)

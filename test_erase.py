@@ -219,6 +219,34 @@ def test_stepwise_backward_equals_autograd(checkpoint, steps, transformer, input
         assert plain[site].grad.any(), site
 
 
+def test_compiled_blocks_see_their_gates(transformer, inputs):
+    """With --compile, gate gradients after an ungated rollout are those without it, whichever sites are gated; other gate values change all of them and compile
+    nothing again; the base stays the base. (aot_eager: inductor's graphs, without its minute of C++.)"""
+    noise, text, grid = inputs
+    every = erase.gate_sites(transformer, erase.MODULES)
+    cases = [({site: torch.rand(every[site]) for site in sites}, checkpoint) for sites in (every, list(every)[1::2], list(every)[:1]) for checkpoint in ("step", "both")]
+
+    def gradients():
+        results = [final(transformer, inputs)]
+        for values, checkpoint in cases:
+            gates = {site: v.clone().requires_grad_() for site, v in values.items()}
+            with erase.gated(transformer, gates):
+                erase.rollout_backward(transformer, noise, text, sigmas(3), grid, lambda x: x.square().mean(), checkpoint)
+            results += [g.grad for g in gates.values()]
+        return results + [final(transformer, inputs)]
+
+    plain, graphs = gradients(), torch._dynamo.utils.counters["stats"]
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True, recompile_limit=8):           # torch's defaults, and back to them after the test
+        erase.compile_blocks(transformer, backend="aot_eager")
+        compiled, made = gradients(), graphs["unique_graphs"]
+        for values, _ in cases:
+            [v.uniform_() for v in values.values()]
+        again = gradients()
+        assert graphs["unique_graphs"] == made > 0
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) and a.any() for a, b in zip(plain, compiled, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(compiled[1:-1], again[1:-1]))
+
+
 def allocated(transformer, inputs, steps, checkpoint, modules=("ffn", "norm")):
     """The most bytes alive at once in one rollout and backward."""
     noise, text, grid = inputs
@@ -515,6 +543,7 @@ BAD = [
     (["--out_dir", "LICENSE"], "--out_dir: LICENSE is a file"),
     (["--resume", "--out_dir", "no_such_folder"], "--resume: no run to go on with in no_such_folder"),
     (["--offload", "--checkpoint", "step"], "--offload: needs --checkpoint block or both, not step"),
+    (["--offload", "--compile"], "--compile: does not go with --offload"),
     (["--quantize", "int2"], "argument --quantize: invalid choice: 'int2'"),
     *[(["--quantize", kind], f"--quantize: {kind} needs a library that is not here: pip install {library}") for kind, library in erase.LIBRARIES.items() if not find_spec(library)],
     ([HEADER.replace("neutral_", "neutral")], "has no column 'neutral_prompt'"),
