@@ -2,6 +2,8 @@
 
     python bench.py --out bench/tiny_cpu.json              # tiny/flux, on a CPU in about two minutes
     python bench.py --full --out bench/h100.json           # FLUX.1-schnell's true size, random weights, on a GPU; run it again to go on
+    python bench.py --fold --out bench/fold.json           # folding and saving at that size, on any CPU with 45 GiB of disk
+    python bench.py --quantized --out bench/quantized.json # gate gradients with 8 and 4 bit weights, tiny/flux on a CPU
     python bench.py --table bench/*.json                   # README's cost tables from such files
 
 Forward-equivalents: seconds of the optimiser step for one sampling step, over those of one gated forward without gradients on the same pictures
@@ -10,16 +12,24 @@ block, both of erase.py, and two: the official code's loop, written afresh, with
 """
 import argparse
 import json
+import os
 import platform
+import random
+import shutil
+import signal
 import statistics
 import sys
+import tempfile
+import threading
 import time
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import FluxTransformer2DModel
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,36 +81,21 @@ class Allocated(TorchDispatchMode):
 
 def clock(device: str, repeats: int, *works, limit: float = 1e9) -> list[list[float]]:
     """Seconds of each work, done in turns, without the warm-up turn; no new turn after `limit` seconds."""
-    times, began = [[] for _ in works], time.perf_counter()
+    times, began, wait = [[] for _ in works], time.perf_counter(), torch.cuda.synchronize if device == "cuda" else lambda: None
     for turn in range(repeats + 1):
         for work, seconds in zip(works, times):
-            if device == "cuda":
-                torch.cuda.synchronize()
+            wait()
             start = time.perf_counter()
             work()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            wait()
             seconds.append(time.perf_counter() - start)
         if turn and time.perf_counter() - began > limit:
             break
     return [seconds[1:] for seconds in times]
 
 
-def step_of(form, transformer, noise, text, sigmas, grid, gates):
-    """One optimiser step's forward and backward over the given pictures, in one of the five forms."""
-    def work():
-        for g in gates.values():
-            g.grad = None
-        with erase.gated(transformer, gates):
-            if form == "two":
-                two_backward(transformer, noise, text, sigmas, grid, gates)
-            else:
-                erase.rollout_backward(transformer, noise, text, sigmas, grid, lambda x: x.float().square().mean(), form)
-    return work
-
-
 def measure(form, transformer, case, steps: int, repeats: int, limit: float = 1e9) -> dict:
-    """{seconds, forward_equivalents, mib} of one form at a number of sampling steps."""
+    """{seconds, forward_equivalents, mib} of one optimiser step's forward and backward over the case's pictures, in one of the five forms."""
     noise, text, grid = case
     device, sigmas = noise.device.type, [1 - i / steps for i in range(steps + 1)]
     gates = {site: torch.ones(units, device=device, requires_grad=True) for site, units in erase.gate_sites(transformer).items()}
@@ -109,7 +104,15 @@ def measure(form, transformer, case, steps: int, repeats: int, limit: float = 1e
         with erase.gated(transformer, gates):
             erase.rollout(transformer, noise, text, sigmas[:2], grid)
 
-    work = step_of(form, transformer, noise, text, sigmas, grid, gates)
+    def work():
+        for g in gates.values():
+            g.grad = None
+        with erase.gated(transformer, gates):
+            if form == "two":
+                two_backward(transformer, noise, text, sigmas, grid, gates)
+            else:
+                erase.rollout_backward(transformer, noise, text, sigmas, grid, lambda x: x.float().square().mean(), form)
+
     singles, seconds = clock(device, repeats, forward, work, limit=limit)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -131,14 +134,17 @@ def make_case(transformer, batch: int, height: int, width: int, tokens: int):
     return torch.randn(batch, grid[0] * grid[1], config.in_channels, **like), text, grid
 
 
+def markdown(rows: list[dict]) -> str:
+    return "\n".join(["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])] + ["| " + " | ".join(map(str, row.values())) + " |" for row in rows])
+
+
 def show(title: str, rows: list[dict]) -> list[dict]:
-    print(f"\n{title}\n" + "  ".join(f"{k:>19s}" for k in rows[0]))
-    for row in rows:
-        print("  ".join(f"{v!s:>19s}" for v in row.values()), flush=True)
+    print(f"\n{title}\n{markdown(rows)}", flush=True)
     return rows
 
 
 def bench_tiny(args) -> dict:
+    """The five forms side by side, growth with steps and pictures, and the loops of evaluate.py and attacks.py, on tiny/flux."""
     pipe = erase.load_pipeline(erase.TINY, "cpu")
     transformer, case = pipe.transformer, lambda batch: make_case(pipe.transformer, batch, 64, 64, 24)
     out = dict(forms=show("one optimiser step, 8 pictures, 4 sampling steps", [measure(f, transformer, case(8), 4, args.repeats) for f in PASSES]))
@@ -164,12 +170,12 @@ def forward_flops(size: int) -> int:
     return counter.get_total_flops()
 
 
-def random_schnell(quantize: str, device: str) -> FluxTransformer2DModel:
+def random_schnell(device: str) -> FluxTransformer2DModel:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         transformer = FluxTransformer2DModel(**SCHNELL).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    return erase.quantized(transformer, quantize, device)
+    return transformer
 
 
 def bench_full(args, rows: list[dict], device: str = "cuda") -> dict:
@@ -178,7 +184,7 @@ def bench_full(args, rows: list[dict], device: str = "cuda") -> dict:
     began, left, made = time.perf_counter(), [], None
     a = torch.randn(MATMUL, MATMUL, device=device, dtype=torch.bfloat16)
     tflops = 2 * MATMUL**3 / statistics.median(clock(device, 10, lambda: a @ a)[0]) / 1e12
-    for mode in [dict(quantize=q, size=s, form=f, micro_batch=args.micro_batch) for q in args.quantize for s in args.sizes for f in args.forms]:
+    for mode in [dict(quantize=q, compile=args.compile, size=s, form=f, micro_batch=args.micro_batch) for q in args.quantize for s in args.sizes for f in args.forms]:
         if any(mode.items() <= row.items() for row in rows):
             continue
         if (spent := time.perf_counter() - began) > args.limit:
@@ -187,7 +193,9 @@ def bench_full(args, rows: list[dict], device: str = "cuda") -> dict:
         if made != mode["quantize"]:
             transformer, made = None, mode["quantize"]
             torch.cuda.empty_cache()
-            transformer = random_schnell(made, device)
+            transformer = erase.quantized(random_schnell(device), made, device)
+            if args.compile:
+                erase.compile_blocks(transformer)
         torch.cuda.empty_cache()
         try:
             row = measure(mode["form"], transformer, make_case(transformer, args.micro_batch, mode["size"], mode["size"], 256), 4, args.repeats, args.limit - spent)
@@ -200,47 +208,126 @@ def bench_full(args, rows: list[dict], device: str = "cuda") -> dict:
     return dict(matmul_tflops=round(tflops, 1), full=show("FLUX.1-schnell's size, 4 sampling steps, 8 pictures a step", rows), not_measured=left)
 
 
+def anonymous_peak(work) -> int:
+    """The most bytes of anonymous resident memory that work() adds to this process (Linux), sampled every millisecond; mapped files are not in it."""
+    read = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    samples, stop, start = [0], threading.Event(), read()
+
+    def sample():
+        while not stop.wait(0.001):
+            samples.append(read() - start)
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        work()
+    finally:
+        stop.set(), thread.join()
+    return max(samples)
+
+
+def write_random(state: dict, folder: Path, max_shard_size: str = "10GB") -> None:
+    """A transformer folder of random bytes for a bf16 state dict on the meta device, in diffusers' shards, one tensor in memory at a time."""
+    plan = split_torch_state_dict_into_shards(state, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        header, end = {}, 0
+        for name in names:
+            header[name] = dict(dtype="BF16", shape=list(state[name].shape), data_offsets=[end, end := end + state[name].nbytes])
+        header = json.dumps(header).encode()
+        with open(folder / file, "wb") as f:
+            f.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                f.write(os.urandom(state[name].nbytes))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)))
+
+
+def bench_fold(args) -> dict:
+    """erase.save_folded on a transformer of FLUX.1-schnell's size with every 20th gate closed, in a temporary folder that goes whatever happens."""
+    transformer, where = random_schnell("meta"), tempfile.gettempdir()
+    size, free = sum(p.nbytes for p in transformer.parameters()), shutil.disk_usage(where).free
+    if free < 2.02 * size:
+        raise erase.UserError(f"--fold: {where} has {free / 2**30:.1f} GiB free, {2.02 * size / 2**30:.1f} needed; TMPDIR names another disk")
+    mask = {site: (torch.arange(units) % 20 > 0).float() for site, units in erase.gate_sites(transformer).items()}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))        # an ordinary kill cleans up too
+    with tempfile.TemporaryDirectory(prefix="bench_fold_") as folder:
+        base, out = Path(folder) / "base/transformer", Path(folder) / "out"
+        base.mkdir(parents=True)
+        transformer.save_config(base)
+        write_random(transformer.state_dict(), base)
+        start = time.perf_counter()
+        peak = anonymous_peak(lambda: erase.save_folded(str(base.parent), transformer, mask, out))
+        row = dict(stored_gib=round(size / 2**30, 1), files=len(list(out.glob("*.safetensors"))), seconds=round(time.perf_counter() - start, 1), peak_mib_beside_mapped_files=round(peak / 2**20, 1))
+    return dict(fold=show("folding and saving FLUX.1-schnell's size, bf16", [row]))
+
+
+def bench_quantized(args) -> dict:
+    """Cosine of the erase_loss's gradient in the gates, at the start of training, with other frozen weights to that with the stored fp32 ones: of the sum over
+    all pictures, and of each picture by itself, the median. Base outputs are each model's own, as in training."""
+    args, rows, stored = erase.parse_args(["--concept", "gun", "--model", erase.TINY]), [], None
+    for kind in ("none", "bf16", *erase.LIBRARIES):
+        pipe, gradients = erase.load_pipeline(erase.TINY, "cpu", torch.bfloat16 if kind == "bf16" else None), []
+        cases = erase.Cases(pipe, erase.concept_pairs("gun", args), [], args)
+        erase.quantized(pipe.transformer, kind, "cpu")
+        for case in cases.sample(random.Random(0), 64, 0, erase.TRAIN_NOISE):
+            gates = {site: torch.ones(units, requires_grad=True) for site, units in erase.gate_sites(pipe.transformer).items()}
+            cases.errors(gates, [case], 1, backward=True)
+            gradients.append(torch.cat([g.grad for g in gates.values()]))
+        gradients = torch.stack([*gradients, sum(gradients)])      # (64 + 1, gates)
+        stored = gradients if stored is None else stored
+        *cosines, of_sum = torch.nn.functional.cosine_similarity(stored, gradients, 1).tolist()
+        library = erase.LIBRARIES.get(kind)
+        rows.append(dict(weights=kind, library=f"{library} {version(library)}" if library else "-", pictures=len(cosines), cosine_of_sum=round(of_sum, 4), median_cosine=round(statistics.median(cosines), 4)))
+    return dict(quantized=show("gate gradients with other frozen weights, tiny/flux", rows[1:]))
+
+
 def table(file: Path) -> str:
     """README's cost tables of one results file, as Markdown."""
-    results, out = json.loads(file.read_text()), []
-    for part in ("forms", "full", "loops"):
-        if rows := results.get(part):
-            out += ["", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])] + ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
-    return f"`{file}`: {results['hardware']}, torch {results['versions']['torch']}" + "\n".join(["", *out, ""])
+    results = json.loads(file.read_text())
+    parts = [markdown(results[part]) for part in ("forms", "full", "loops", "fold", "quantized") if results.get(part)]
+    return "\n\n".join([f"`{file}`: {results['hardware']}, torch {results['versions']['torch']}", *parts]) + "\n"
+
+
+def run(args) -> None:
+    missing = [q for q in args.quantize if (args.full or args.quantized) and q != "none" and not erase.find_spec(erase.LIBRARIES[q])]
+    for wrong, line in ((min(args.repeats, args.micro_batch) < 1, "--repeats, --micro_batch: must be at least 1"), (any(s < 16 or s % 16 for s in args.sizes), "--sizes: must be multiples of 16"),
+                        (args.full and not torch.cuda.is_available(), "--full: needs a CUDA GPU, none is here"),
+                        (missing, f"--quantize: {' '.join(missing)} needs a library that is not here: pip install {' '.join(erase.LIBRARIES[q] for q in missing)}"),
+                        (args.full and args.compile and "fp8" in args.quantize, "--compile: does not go with fp8; choose --quantize none nf4"),
+                        (args.compile and not args.full, "--compile: goes with --full"),
+                        (not all(f.is_file() for f in args.table), f"--table: cannot read {' '.join(map(str, args.table))}")):
+        if wrong:
+            raise erase.UserError(line)
+    if args.table:
+        return print("\n".join(map(table, args.table)))
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "CPU") if Path("/proc/cpuinfo").exists() else platform.processor()
+    about = dict(hardware=torch.cuda.get_device_name() if args.full else f"{cpu}, {torch.get_num_threads()} threads", versions={m.__name__: m.__version__ for m in (torch, diffusers)})
+    if args.full:
+        before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+        results = about | bench_full(args, before.get("full", []) if about.items() <= before.items() else [])
+    else:
+        results = about | (bench_fold if args.fold else bench_quantized if args.quantized else bench_tiny)(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        erase.write_atomically(args.out, lambda f: f.write_text(json.dumps(results, indent=1) + "\n"))
+    print(json.dumps(results))
 
 
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--full", action="store_true", help="FLUX.1-schnell's true size with random weights; needs a GPU")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--full", action="store_true", help="FLUX.1-schnell's true size with random weights; needs a GPU")
+    what.add_argument("--fold", action="store_true", help="fold and save random weights of that size: seconds and peak memory")
+    what.add_argument("--quantized", action="store_true", help="gate gradients with quantised frozen weights, beside the stored ones'")
+    what.add_argument("--table", nargs="+", type=Path, default=[], metavar="FILE", help="print README's tables from such files, and measure nothing")
     p.add_argument("--forms", nargs="+", choices=PASSES, default=list(PASSES)[:-1], help="of --full (%(default)s)")
     p.add_argument("--quantize", nargs="+", choices=("none", *erase.LIBRARIES), default=["none", *erase.LIBRARIES], help="of --full (%(default)s)")
+    p.add_argument("--compile", action="store_true", help="of --full, as erase.py --compile")
     p.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="of --full, pixels a side (%(default)s)")
     p.add_argument("--micro_batch", type=int, default=1, help="of --full, pictures at a time (%(default)s)")
     p.add_argument("--limit", type=float, default=480, help="of --full, seconds after which no new mode begins; the same command goes on (%(default)s)")
     p.add_argument("--repeats", type=int, default=5, help="timed runs of each form, the median counts (%(default)s)")
     p.add_argument("--out", type=Path, help="write the results here too, e.g. bench/h100.json")
-    p.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="print README's tables from such files, and measure nothing")
     args = p.parse_args(argv)
-    missing = [q for q in args.quantize if q in erase.LIBRARIES and not erase.find_spec(erase.LIBRARIES[q])]
-    for wrong, line in ((min(args.repeats, args.micro_batch) < 1, "--repeats, --micro_batch: must be at least 1"), (any(s < 16 or s % 16 for s in args.sizes), "--sizes: must be multiples of 16"),
-                        (args.full and not torch.cuda.is_available(), "--full: needs a CUDA GPU, none is here"),
-                        (args.full and missing, f"--quantize: {' '.join(missing)} needs a library that is not here: pip install {' '.join(erase.LIBRARIES[q] for q in missing)}"),
-                        (args.table and not all(f.is_file() for f in args.table), f"--table: cannot read {' '.join(map(str, args.table or ()))}")):
-        if wrong:
-            print(f"bench.py: error: {line}", file=sys.stderr)
-            return 2
-    if args.table:
-        print("\n".join(map(table, args.table)))
-        return 0
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "CPU") if Path("/proc/cpuinfo").exists() else platform.processor()
-    about = dict(hardware=torch.cuda.get_device_name() if args.full else f"{cpu}, {torch.get_num_threads()} threads", versions={m.__name__: m.__version__ for m in (torch, diffusers)})
-    before = json.loads(args.out.read_text()) if args.full and args.out and args.out.exists() else {}
-    results = about | (bench_full(args, before.get("full", []) if about.items() <= before.items() else []) if args.full else bench_tiny(args))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        erase.write_atomically(args.out, lambda f: f.write_text(json.dumps(results, indent=1) + "\n"))
-    print(json.dumps(results))
-    return 0
+    return erase.exit_code("bench.py", lambda: run(args))
 
 
 if __name__ == "__main__":

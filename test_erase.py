@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from importlib.util import find_spec
@@ -414,25 +413,8 @@ def test_saving_holds_no_weights_in_memory(tmp_path):
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=16, axes_dims_rope=(16, 24, 24))
     model.to_empty(device="cpu").save_pretrained(tmp_path / "transformer", max_shard_size="40MB")
     mask = random_mask(model)
-    peak = anonymous_memory_of(lambda: erase.save_folded(str(tmp_path), model, mask, tmp_path / "out"))
+    peak = bench.anonymous_peak(lambda: erase.save_folded(str(tmp_path), model, mask, tmp_path / "out"))
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) > 160 * 2**20 and peak < 16 * 2**20, peak
-
-
-def anonymous_memory_of(work) -> int:
-    """The most bytes of anonymous resident memory that work() adds to this process (Linux), sampled every millisecond."""
-    read = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    samples, stop, start = [0], threading.Event(), read()
-
-    def sample():
-        while not stop.wait(0.001):
-            samples.append(read() - start)
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        work()
-    finally:
-        stop.set(), thread.join()
-    return max(samples)
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -544,6 +526,7 @@ BAD = [
     (["--resume", "--out_dir", "no_such_folder"], "--resume: no run to go on with in no_such_folder"),
     (["--offload", "--checkpoint", "step"], "--offload: needs --checkpoint block or both, not step"),
     (["--offload", "--compile"], "--compile: does not go with --offload"),
+    (["--quantize", "fp8", "--compile"], "--compile: does not go with --quantize fp8"),
     (["--quantize", "int2"], "argument --quantize: invalid choice: 'int2'"),
     *[(["--quantize", kind], f"--quantize: {kind} needs a library that is not here: pip install {library}") for kind, library in erase.LIBRARIES.items() if not find_spec(library)],
     ([HEADER.replace("neutral_", "neutral")], "has no column 'neutral_prompt'"),
@@ -1107,9 +1090,9 @@ def test_bench_tables_and_refusals(tmp_path, capsys):
     assert files and bench.main(["--table", *map(str, files)]) == 0
     printed = capsys.readouterr().out
     for results in (json.loads(file.read_text()) for file in files):
-        for row in results.get("forms", []) + results.get("full", []):
+        for row in [row for part in ("forms", "full", "fold", "quantized") for row in results.get(part, [])]:
             assert f"| {' | '.join(map(str, row.values()))} |" in printed
-    for arguments, message in ((["--full"], "--full: needs a CUDA GPU"), (["--repeats", "0"], "--micro_batch: must be at least 1"), (["--table", "none.json"], "--table: cannot read none.json")):
+    for arguments, message in ((["--full"], "--full: needs a CUDA GPU"), (["--compile"], "--compile: goes with --full"), (["--repeats", "0"], "--micro_batch: must be at least 1"), (["--table", "none.json"], "--table: cannot read none.json")):
         assert bench.main(arguments) == 2 and message in capsys.readouterr().err
 
 
@@ -1124,9 +1107,54 @@ def test_full_bench_goes_on_where_it_stopped(monkeypatch):
     """bench.py --full's code on the CPU at a small size: a row per mode, nothing begun after the limit, and known rows kept."""
     monkeypatch.setattr(bench, "SCHNELL", bench.SCHNELL | dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
     monkeypatch.setattr(bench, "MATMUL", 64)
-    args = argparse.Namespace(quantize=["none"], sizes=[16, 32], forms=["none", "both"], micro_batch=2, repeats=1, limit=0)
+    args = argparse.Namespace(quantize=["none"], sizes=[16, 32], forms=["none", "both"], micro_batch=2, repeats=1, limit=0, compile=False)
     assert len(bench.bench_full(args, [dict(known=1)], "cpu")["not_measured"]) == 4
     args.limit = 100
     rows = bench.bench_full(args, [], "cpu")["full"]
     assert [(r["size"], r["form"]) for r in rows] == [(16, "none"), (16, "both"), (32, "none"), (32, "both")] and all(r["sec_per_step"] > 0 for r in rows)
     assert bench.bench_full(args, list(rows), "cpu")["full"] == rows
+
+
+def test_fold_bench_at_a_small_size(tmp_path, capsys, monkeypatch):
+    """bench.py --fold on a small FLUX: its random shards are a transformer that diffusers loads; nothing is left behind, be it done, failed or without disk space."""
+    monkeypatch.setattr(bench, "SCHNELL", bench.SCHNELL | dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
+    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    fold = erase.save_folded
+
+    def checked(model, transformer, mask, out):
+        fold(model, transformer, mask, out)
+        folded, stored = (FluxTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16) for folder in (out, f"{model}/transformer"))
+        for name, parameter in folded.named_parameters():
+            off = torch.zeros_like(parameter, dtype=torch.bool)
+            for _, dim, i in [z for z in erase.zeroed(transformer, mask) if z[0] == name]:
+                off.index_fill_(dim, i, True)
+            assert not parameter[off].any() and torch.equal(parameter[~off].view(torch.int16), stored.get_parameter(name)[~off].view(torch.int16)), name
+
+    monkeypatch.setattr(erase, "save_folded", checked)
+    assert bench.main(["--fold"]) == 0
+    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["fold"]
+    assert row["files"] == 1 and row["seconds"] > 0 and not any(tmp_path.iterdir())
+
+    def fails(*_):
+        raise OSError("disk gone")
+    monkeypatch.setattr(erase, "save_folded", fails)
+    assert bench.main(["--fold"]) == 1 and not any(tmp_path.iterdir())
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    assert bench.main(["--fold"]) == 2 and "--fold: " in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_write_random_is_sharded_as_diffusers_does(tmp_path, transformer):
+    """bench.py's random folder has the files and the index that save_pretrained writes."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    transformer.to(torch.bfloat16).save_pretrained(theirs, max_shard_size="20KB")
+    ours.mkdir()
+    bench.write_random(transformer.to("meta").state_dict(), ours, "20KB")
+    assert {f.name for f in ours.iterdir()} == {f.name for f in theirs.iterdir()} - {"config.json"}
+    index, expected = (json.loads((f / "diffusion_pytorch_model.safetensors.index.json").read_text()) for f in (ours, theirs))
+    assert index["weight_map"] == expected["weight_map"] and index["metadata"]["total_size"] == expected["metadata"]["total_size"]
+
+
+def test_anonymous_peak_sees_an_allocation():
+    """bench.py's sampler counts 64 MiB that live for a moment."""
+    assert bench.anonymous_peak(lambda: torch.ones(2**24).sum()) > 60 * 2**20
