@@ -182,23 +182,27 @@ def bench_full(args, rows: list[dict], device: str = "cuda") -> dict:
     """One row a mode: FLUX.1-schnell's size, args.micro_batch pictures at a time, projected to steps of 4 concept and 4 retain prompts. Rows that
     are there already are kept; after args.limit seconds no new mode begins."""
     began, left, made = time.perf_counter(), [], None
+    if args.cap_gib:
+        torch.cuda.set_per_process_memory_fraction(args.cap_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     a = torch.randn(MATMUL, MATMUL, device=device, dtype=torch.bfloat16)
     tflops = 2 * MATMUL**3 / statistics.median(clock(device, 10, lambda: a @ a)[0]) / 1e12
-    for mode in [dict(quantize=q, compile=args.compile, size=s, form=f, micro_batch=args.micro_batch) for q in args.quantize for s in args.sizes for f in args.forms]:
+    for mode in [dict(quantize=q, compile=args.compile, size=s, form=f, micro_batch=args.micro_batch, cap_gib=args.cap_gib) for q in args.quantize for s in args.sizes for f in args.forms]:
         if any(mode.items() <= row.items() for row in rows):
             continue
-        if (spent := time.perf_counter() - began) > args.limit:
+        if time.perf_counter() - began > args.limit:
             left.append(mode)
             continue
-        if made != mode["quantize"]:
-            transformer, made = None, mode["quantize"]
-            torch.cuda.empty_cache()
-            transformer = erase.quantized(random_schnell(device), made, device)
-            if args.compile:
-                erase.compile_blocks(transformer)
-        torch.cuda.empty_cache()
         try:
-            row = measure(mode["form"], transformer, make_case(transformer, args.micro_batch, mode["size"], mode["size"], 256), 4, args.repeats, args.limit - spent)
+            if made != mode["quantize"]:
+                transformer, made = None, None
+                torch.cuda.empty_cache()
+                transformer = random_schnell(device if mode["quantize"] == "none" else "cpu")             # quantised on the way to the GPU, as by erase.py
+                transformer = erase.quantized(transformer, mode["quantize"], device).to(device)
+                if args.compile:
+                    erase.compile_blocks(transformer)
+                made = mode["quantize"]
+            torch.cuda.empty_cache()
+            row = measure(mode["form"], transformer, make_case(transformer, args.micro_batch, mode["size"], mode["size"], 256), 4, args.repeats, args.limit - (time.perf_counter() - began))
         except torch.cuda.OutOfMemoryError:
             rows.append(mode | dict.fromkeys(("sec_per_step", "share_of_peak", "peak_gib", "minutes_400_steps"), "out of memory"))
             continue
@@ -323,6 +327,7 @@ def main(argv=None) -> int:
     p.add_argument("--compile", action="store_true", help="of --full, as erase.py --compile")
     p.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="of --full, pixels a side (%(default)s)")
     p.add_argument("--micro_batch", type=int, default=1, help="of --full, pictures at a time (%(default)s)")
+    p.add_argument("--cap_gib", type=float, default=0, help="of --full, GiB that may be allocated, as on a smaller card; more is out of memory (all)")
     p.add_argument("--limit", type=float, default=480, help="of --full, seconds after which no new mode begins; the same command goes on (%(default)s)")
     p.add_argument("--repeats", type=int, default=5, help="timed runs of each form, the median counts (%(default)s)")
     p.add_argument("--out", type=Path, help="write the results here too, e.g. bench/h100.json")

@@ -1107,7 +1107,7 @@ def test_full_bench_goes_on_where_it_stopped(monkeypatch):
     """bench.py --full's code on the CPU at a small size: a row per mode, nothing begun after the limit, and known rows kept."""
     monkeypatch.setattr(bench, "SCHNELL", bench.SCHNELL | dict(num_layers=1, num_single_layers=1, num_attention_heads=1))
     monkeypatch.setattr(bench, "MATMUL", 64)
-    args = argparse.Namespace(quantize=["none"], sizes=[16, 32], forms=["none", "both"], micro_batch=2, repeats=1, limit=0, compile=False)
+    args = argparse.Namespace(quantize=["none"], sizes=[16, 32], forms=["none", "both"], micro_batch=2, repeats=1, limit=0, compile=False, cap_gib=0)
     assert len(bench.bench_full(args, [dict(known=1)], "cpu")["not_measured"]) == 4
     args.limit = 100
     rows = bench.bench_full(args, [], "cpu")["full"]
@@ -1134,7 +1134,7 @@ def test_fold_bench_at_a_small_size(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(erase, "save_folded", checked)
     assert bench.main(["--fold"]) == 0
     row, = json.loads(capsys.readouterr().out.splitlines()[-1])["fold"]
-    assert row["files"] == 1 and row["seconds"] > 0 and not any(tmp_path.iterdir())
+    assert row["files"] == 1 and not any(tmp_path.iterdir())
 
     def fails(*_):
         raise OSError("disk gone")
