@@ -1096,6 +1096,11 @@ def test_bench_tables_and_refusals(tmp_path, capsys):
         assert bench.main(arguments) == 2 and message in capsys.readouterr().err
 
 
+def test_loops_of_evaluation_and_attacks_are_timed(pipe):
+    """bench.py's two throughputs call what evaluate.py and attacks.py call."""
+    assert all(row["per_second"] > 0 for row in bench.bench_loops(pipe, 1, 2))
+
+
 def test_flops_of_full_size_flux():
     """bench.py's count of a forward at 512 pixels: per block and token 12 width^2 multiply-adds in linear layers, and attention over 1,280 tokens."""
     tokens, width, blocks = 512 * 512 // 256 + 256, 24 * 128, 19 + 38
