@@ -469,6 +469,12 @@ def load_erased(path, device=None, dtype=None) -> FluxPipeline:
 LIBRARIES = dict(fp8="torchao", nf4="bitsandbytes")
 
 
+def step_counts(args) -> list[int]:
+    """Numbers of sampling steps, of which each optimiser step takes one. differs from paper: --robust adds others that users may ask for."""
+    n = args.num_inference_steps
+    return [1, 2, n, 2 * n] if args.robust else [n]
+
+
 def free_memory(device) -> int:
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available
 
@@ -484,12 +490,13 @@ def memory_needed(transformer, args, checkpoint: str, quantize: str, offload: bo
     double = (12 + 4 * ("ffn" in m) + ("attn" in m)) * tokens + 4 * ("norm" in m) * args.max_sequence_length
     single = (11 + 4 * ("mlp" in m) + 5 * ("attn" in m)) * tokens
     one_step, inputs = len(blocks[0]) * double + len(blocks[1]) * single, len(blocks[0] + blocks[1]) * tokens
-    kept = dict(none=one_step * args.num_inference_steps, step=one_step, block=inputs * args.num_inference_steps + single, both=inputs + single)[checkpoint]
+    steps = max(step_counts(args))
+    kept = dict(none=one_step * steps, step=one_step, block=inputs * steps + single, both=inputs + single)[checkpoint]
     numel = [sum(p.numel() for p in block.parameters()) for part in blocks for block in part]
     rest = transformer.num_parameters() - sum(numel)
     weights = (rest + (max(numel) if offload else sum(numel))) * dict(none=size, fp8=1, nf4=0.52)[quantize]
     if quantize == "fp8":                                          # autograd keeps the weights that a block computed with
-        weights += size * dict(none=args.num_inference_steps * sum(numel), step=sum(numel)).get(checkpoint, max(numel))
+        weights += size * dict(none=steps * sum(numel), step=sum(numel)).get(checkpoint, max(numel))
     return round(weights + (kept + 15 * tokens) * transformer.inner_dim * size * args.micro_batch + 2**30)
 
 
@@ -647,7 +654,10 @@ class Cases:
         self.text, self.base_text = text[:len(prompts)], text[len(prompts):]
         self.num_pairs, self.num_retain = len(pairs), len(retain)
         self.grid = (args.height // 16, args.width // 16)
-        self.sigmas = schedule(pipe, args.num_inference_steps, self.grid[0] * self.grid[1])
+        self.set_steps(args.num_inference_steps)
+
+    def set_steps(self, num_inference_steps: int) -> None:
+        self.sigmas = schedule(self.pipe, num_inference_steps, self.grid[0] * self.grid[1])
 
     def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
         """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases; of each, the share `hard` in proportion to
@@ -666,11 +676,12 @@ class Cases:
         """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
         device, transformer = self.pipe.transformer.device, self.pipe.transformer
         noise = init_latents(self.pipe, [seed for _, seed in cases], self.args.height, self.args.width).to(device)
-        for i, case in enumerate(cases):                           # one at a time: the same bits whatever else is in the batch
-            if case not in self.finals:
-                text = stack([self.base_text[case[0]]], device)
-                self.finals[case] = rollout(transformer, noise[i:i + 1], text, self.sigmas, self.grid)[-1][0].cpu()
-        target = torch.stack([self.finals[case] for case in cases]).to(device)
+        keys = [(*case, len(self.sigmas)) for case in cases]
+        for i, key in enumerate(keys):                             # one at a time: the same bits whatever else is in the batch
+            if key not in self.finals:
+                text = stack([self.base_text[key[0]]], device)
+                self.finals[key] = rollout(transformer, noise[i:i + 1], text, self.sigmas, self.grid)[-1][0].cpu()
+        target = torch.stack([self.finals[key] for key in keys]).to(device)
         is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
         return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
 
@@ -710,6 +721,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
         noise_seeds = range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
         chosen = cases.sample(rng, args.batch, args.retain_batch, noise_seeds, latest, args.hard)
+        cases.set_steps(rng.choice(step_counts(args)))
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
         errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, backward=True)
         errors, gradients = reduce([errors.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
@@ -733,6 +745,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         if state.is_main_process and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_state(out_dir, gate_logits, optimizer, latest, step + 1)
     metrics.close()
+    cases.set_steps(args.num_inference_steps)
     return binary(gate_logits, threshold)
 
 
@@ -857,7 +870,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or made from prompts/templates.csv)")
     add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
     add("--num_prompts", type=int, default=20, help="training pairs per concept (%(default)s)")
-    add("--robust", action="store_true", help="train on the synonyms of prompts/vocabulary.csv too")
+    add("--robust", action="store_true", help="train on the synonyms of prompts/vocabulary.csv and on other step counts too")
     add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
     add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
     add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help="what the backward recomputes; auto: as little as memory allows (tiny: none, else auto)")

@@ -118,6 +118,16 @@ def test_hard_cases_come_more_often():
     assert all(100 < n < 200 for n in even) and sum(even) == 1200, even
 
 
+def test_each_step_count_has_its_own_base_outputs(pipe):
+    """With open gates the error on retain prompts is 0 whatever the number of sampling steps, in any order; with gates closed it is not."""
+    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY])
+    cases = erase.Cases(pipe, [], [dict(prompt="an apple on a red background"), dict(prompt="a dog")], args)
+    errors = lambda gates: cases.errors(gates, [(0, 1), (1, 2)], 1)          # one at a time, as base outputs are drawn
+    for steps in (4, 1, 8, 4):
+        cases.set_steps(steps)
+        assert (errors({}) == 0).all() and (errors(random_mask(pipe.transformer)) > 0).all()
+
+
 def test_gate_noise_is_a_function_of_seed_and_step():
     """The same (seed, step) gives the same noise, another step or seed another."""
     draw = lambda seed, step: erase.gate_noise(dict(a=8, b=8), seed, step)
@@ -266,7 +276,7 @@ def test_memory_does_not_grow_with_sampling_steps(transformer, inputs):
 @pytest.mark.parametrize("checkpoint", ["none", "step", "block", "both"])
 def test_memory_estimate(checkpoint, modules, pipe):
     """What erase.py says a backward needs is within 20 % of what it allocates, on tiny/flux at 128 pixels."""
-    size = argparse.Namespace(height=128, width=128, num_inference_steps=4, max_sequence_length=24, modules=modules, micro_batch=2, device="cpu")
+    size = argparse.Namespace(height=128, width=128, num_inference_steps=4, max_sequence_length=24, modules=modules, micro_batch=2, device="cpu", robust=False)
     said = erase.memory_needed(pipe.transformer, size, checkpoint, "none", False) - 2**30 - sum(p.nbytes for p in pipe.transformer.parameters())
     real = allocated(pipe.transformer, bench.make_case(pipe.transformer, 2, 128, 128, 24), 4, checkpoint, modules)
     assert abs(said / real - 1) < 0.2, (said, real)
