@@ -62,6 +62,7 @@ DEFAULTS = dict(
     lr_decay=              (0,               1),
     hard=                  (0.0,             0.75),
     max_closed=            (1.0,             0.05),
+    harm=                  (0.0,             1.0),
     height=                (512,             64),
     width=                 (512,             64),
     max_sequence_length=   (256,             24),
@@ -643,6 +644,10 @@ def concept_pairs(concept: str, args) -> list[dict]:
 TRAIN_NOISE, HELD_OUT_NOISE = (range(start, start + 4) for start in (2**40, 2**40 + 2**21))
 
 
+def noise_seeds(args) -> range:
+    return range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
+
+
 class Cases:
     """Concept pairs and retain prompts with their encodings, noise and base outputs, each made once and kept on the CPU."""
 
@@ -701,6 +706,24 @@ class Cases:
         return torch.cat(errors).cpu()                             # read once: nothing waits for the GPU in between
 
 
+def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str, torch.Tensor]:
+    """What closing each gate alone does to retain prompts: h_i = E || dF/dg_i ||^2, a mean over latents as in squared_errors; {site: (units,)}.
+
+    differs from paper: preserve_loss has no gradient where all gates are open, so erase_loss alone would choose the first to close. For binary gates
+    sum_i h_i (1 - g_i) is the diagonal of its second-order expansion there, and has one. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1)."""
+    transformer, harm, generator = cases.pipe.transformer, {site: torch.zeros(units) for site, units in sites.items()}, torch.Generator().manual_seed(args.seed)
+    chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, noise_seeds(args))
+    for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
+        noise, text, _, _ = cases.batch([case])
+        v = torch.randn(noise.shape, generator=generator).to(noise.device)
+        gates = {site: torch.ones(units, device=noise.device, requires_grad=True) for site, units in sites.items()}
+        with gated(transformer, gates):
+            rollout_backward(transformer, noise, text, cases.sigmas, cases.grid, lambda final: (final.float() * v).sum(), args.checkpoint)
+        for site, g in gates.items():
+            harm[site] += g.grad.square().cpu() / (pictures * noise[0].numel())
+    return harm
+
+
 def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, torch.Tensor]:
     """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits; returns the final mask. Under accelerate
     launch, each process takes its share of a step's cases and the gradients are summed."""
@@ -712,6 +735,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
     latest = torch.full((cases.num_pairs + cases.num_retain,), math.inf)          # each case's error when it was last seen
     start = load_state(out_dir, gate_logits, optimizer, latest)
     threshold = closing_threshold(gate_logits, args.max_closed)
+    harm = harms(cases, sites, args, min(240, args.steps * args.retain_batch)) if args.harm and start < args.steps else {}
     metrics = open(out_dir / "metrics.jsonl" if state.is_main_process else os.devnull, "a")
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase", disable=not state.is_main_process)
     for step in bar:
@@ -719,8 +743,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
         relaxed = {site: relax(logit, args.gate, uniform.get(site), threshold) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
-        noise_seeds = range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
-        chosen = cases.sample(rng, args.batch, args.retain_batch, noise_seeds, latest, args.hard)
+        chosen = cases.sample(rng, args.batch, args.retain_batch, noise_seeds(args), latest, args.hard)
         cases.set_steps(rng.choice(step_counts(args)))
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
         errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, backward=True)
@@ -731,8 +754,9 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
             raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; try a smaller --lr_ffn and --lr_norm")
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - args.lr_decay * step / args.steps)
+        foresight = args.beta * args.harm * max(0.0, 1 - step / (0.7 * args.steps))         # of L + foresight sum_i h_i (1 - g_i)
         optimizer.zero_grad()
-        torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() for site in relaxed])
+        torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() - foresight * harm.get(site, 0) for site in relaxed])
         optimizer.step()
         latest[[case for case, _ in chosen]] = errors
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
@@ -862,6 +886,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     preset("lr_decay", "1: the learning rates fall linearly to 0", type=int, choices=(0, 1))
     preset("hard", "share of a step's prompts drawn in proportion to their latest error", type=float)
     preset("max_closed", "share of the gates that may close", type=float)
+    preset("harm", "weight, at the start, of what closing a gate alone would do to retain prompts", type=float)
     add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="what is gated (ffn norm)")
     preset("height", "pixels", type=int)
     preset("width", "pixels", type=int)
@@ -919,7 +944,7 @@ def check_args(args) -> None:
     for flag in ("hard", "max_closed"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"--{flag}: must be between 0 and 1, not {getattr(args, flag)}")
-    for flag in ("beta", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
+    for flag in ("beta", "harm", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
         if not 0 <= getattr(args, flag) < math.inf:
             raise UserError(f"--{flag}: must be a number >= 0, not {getattr(args, flag)}")
     for flag in ("height", "width"):

@@ -128,6 +128,18 @@ def test_each_step_count_has_its_own_base_outputs(pipe):
         assert (errors({}) == 0).all() and (errors(random_mask(pipe.transformer)) > 0).all()
 
 
+def test_harm_is_what_closing_a_gate_a_little_does(pipe):
+    """The estimated harm of the gates that matter most agrees with finite differences of the final latents, within a quarter."""
+    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY, "--noise_seeds", "1"])
+    cases, sites = erase.Cases(pipe, [dict(prompt="a gun", neutral_prompt="nothing")], [dict(prompt="an apple on a red background")], args), erase.gate_sites(pipe.transformer)
+    harm, case = erase.harms(cases, sites, args, pictures=300), [(1, erase.TRAIN_NOISE.start)]
+    for site in list(sites)[::4]:
+        i, gates = harm[site].argmax(), {site: torch.ones(sites[site])}
+        gates[site][i] -= 0.02
+        exact = cases.errors(gates, case, 1).item() / 0.02**2
+        assert abs(harm[site][i].item() / exact - 1) < 0.25, (site, harm[site][i].item(), exact)
+
+
 def test_gate_noise_is_a_function_of_seed_and_step():
     """The same (seed, step) gives the same noise, another step or seed another."""
     draw = lambda seed, step: erase.gate_noise(dict(a=8, b=8), seed, step)
@@ -434,7 +446,7 @@ def run(*arguments, **kwargs):
 
 FILES = {"README.md", "config.json", "curves.png", "mask.safetensors", "metrics.jsonl", "preview.png", "state.safetensors"}
 QUICK = ("--model", "tiny/flux", "--concept", "gun", "--steps", "4", "--batch", "2", "--retain_batch", "2", "--save_every", "1",
-         "--lr_ffn", "1.5", "--lr_norm", "1.5")
+         "--lr_ffn", "1.5", "--lr_norm", "1.5", "--harm", "0.001")
 
 
 @pytest.fixture(scope="session")
