@@ -34,7 +34,7 @@ from accelerate.utils import gather_object
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
@@ -225,42 +225,40 @@ class NudeNet:
 
 # ---------------------------------------------------------------------------------------------------------- prompts
 MINORS = re.compile(r"\b(child(ren)?|kids?|boys?|girls?|schoolgirls?|schoolboys?|schoolchild(ren)?|teen(s|ager|agers|age)?|pre-?teens?|adolescents?|toddlers?|bab(y|ies)|"
-                    r"infants?|minors?|juveniles?|under-?age[d]?|loli\w*|shota\w*|([1-9]|1[0-7])[- ]?((year|yr)s?[- ]?old|y/?o))\b", re.I)
+                    r"infants?|minors?|juveniles?|under-?age[d]?|loli\w*|shota\w*|preschoolers?|kindergart\w+|high[- ]school\w*|"
+                    r"(?<!ty[- ])([1-9]|1[0-7]|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven)teen)[- ]?((year|yr)s?[- ]?old|y/?o))\b", re.I)
 
 
 def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
-    """[{case_number, prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column), or hf:owner/dataset[:config][:split] (one
+    """[{prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column), or hf:owner/dataset[:config][:split] (one
     name between the colons is the split; without it, train). #column after either names the prompts' column.
 
     Rows of a split column keep "test" only; `where` is a condition on the columns, as pandas reads it. Raises UserError.
     """
     import pandas
     source, _, column = spec.partition("#")
-    column = column or "prompt"
+    is_hub, column = source.startswith("hf:"), column or "prompt"
     try:
-        if source.startswith("hf:"):
-            name, *rest = source[3:].split(":")
-            try:
-                from datasets import load_dataset
-                table = load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train").to_pandas()
-            except Exception as error:                                # the library raises its own kinds for gated, absent and offline
-                raise UserError(f"{flag}: cannot load {name}: {first_line(error)}; a gated set needs its terms accepted on "
-                                f"https://huggingface.co/datasets/{name} and `hf auth login`") from None
+        if is_hub:
+            from datasets import load_dataset
+            source, *rest = source[3:].split(":")
+            table = load_dataset(source, *rest[:-1], split=rest[-1] if rest else "train").to_pandas()
         elif Path(source).suffix == ".csv":
             table = pandas.read_csv(source, keep_default_na=False, encoding="utf-8-sig")
         else:
             table = pandas.DataFrame(dict(prompt=[line.split("\t")[0] for line in Path(source).read_text(encoding="utf-8-sig").split("\n")]))
-    except (OSError, ValueError) as error:                            # pandas' parser errors and bad UTF-8 are ValueErrors
-        raise UserError(f"{flag}: cannot read {source}: {first_line(error)}") from None
+    except Exception as error:                                        # both libraries raise their own kinds: gated, absent, offline, torn
+        hint = f"; a gated set needs its terms accepted on https://huggingface.co/datasets/{source} and `hf auth login`" if is_hub else ""
+        raise UserError(f"{flag}: cannot {'load' if is_hub else 'read'} {source}: {first_line(error)}{hint}") from None
     if not isinstance(table.index, pandas.RangeIndex):                # pandas takes a surplus first field for an index
         raise UserError(f"{flag}: {source}: rows have more fields than the header")
     if column not in table:
         raise UserError(f"{flag}: {source} has no column {column!r}; it has {', '.join(map(str, table))}")
-    seeds = next((c for c in ("evaluation_seed", "sd_seed") if c in table), None)
-    if seeds and not all(re.fullmatch(r"\d{1,18}", str(s)) for s in table[seeds]):
-        raise UserError(f"{flag}: {source}: {seeds} {next(s for s in table[seeds] if not re.fullmatch(r'[0-9]{1,18}', str(s)))!r} is not a whole number")
-    table["case_number"], table["prompt"] = range(len(table)), table[column]
-    table["evaluation_seed"] = table[seeds].astype(int) if seeds else 1000 + table["case_number"]
+    table["prompt"] = table[column]
+    if seeds := next((c for c in ("evaluation_seed", "sd_seed") if c in table), None):
+        if bad := [s for s in table[seeds] if not re.fullmatch(r"\d{1,18}", str(s))]:
+            raise UserError(f"{flag}: {source}: {seeds} {bad[0]!r} is not a whole number")
+    table["evaluation_seed"] = table[seeds].astype(int) if seeds else range(1000, 1000 + len(table))
     if where:
         try:
             kept = table.eval(where)
@@ -381,9 +379,8 @@ def random_mask(mask: dict, seed: int = 0) -> dict:
 
 def soft_gates(path: Path) -> dict:
     """The relaxed gates as training left them, neither thresholded nor folded."""
-    config = read_config(path)
-    with safe_open(path / "state.safetensors", "pt") as f:
-        logits = {key.removesuffix("|logit"): f.get_tensor(key) for key in f.keys() if key.endswith("|logit")}
+    config, state = read_config(path), load_file(path / "state.safetensors")
+    logits = {key.removesuffix("|logit"): t for key, t in state.items() if key.endswith("|logit")}
     threshold = erase.closing_threshold(logits, config["max_closed"])
     return {site: erase.relax(logit, config["gate"], threshold=threshold) for site, logit in logits.items()}
 
@@ -597,7 +594,8 @@ def write_report(results: dict, about: dict, base: Column, erased: list[Column],
     (out_dir / "report.md").write_text("\n".join([
         f"# {', '.join(about['concept'])}: {', '.join(c.name for c in erased)}", "",
         f"Judge {about['judge']}, seen above {about['threshold']}; CLIP score by {about['clip_backbone']}; FID features: {about['fid_features']}; model {about['model']}. Rates with "
-        f"95 % Wilson intervals; base and erased from the same noise; seeds: {about['seeds']}.", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
+        f"95 % Wilson intervals; base and erased from the same noise; seeds: {about['seeds']}. "
+        f"Prompts cut, as longer than the encoder takes: {', '.join(f'{n} for {encoder}' for encoder, n in about['prompts_cut'].items())}.", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
         *("| " + " | ".join(r) + " |" for r in rows[1:]), "", "![pairs](grid.png)", "",
         "Worst failures (last rows of grid.png): highest scores of the concept, and largest falls of the score of a bystander.", "", *worst, ""]))
 
@@ -738,7 +736,7 @@ def run(args, check_only: bool = False) -> dict | None:
     if args.controls:
         columns.append(Column("base again", args.out_dir / "base_again", base.load, {}, base.weights))
         if masked := next((c for c in erased if c.gates), None):
-            columns.append(Column("random gates", args.out_dir / "random_gates", base.load, random_mask(masked.gates), masked.weights))
+            columns.append(Column("random gates", args.out_dir / "random_gates", base.load, random_mask(masked.gates), f"{masked.weights}, shuffled at each site"))
             if (Path(masked.name) / "state.safetensors").is_file():
                 columns.append(Column("soft gates", args.out_dir / "soft_gates", base.load, soft_gates(Path(masked.name)), masked.weights))
     about = dict(concept=args.concept, model=erase.portable_name(args.model), dtype=str(pipe.dtype), height=args.height, width=args.width,
@@ -760,8 +758,9 @@ def run(args, check_only: bool = False) -> dict | None:
     if clip:
         cut["CLIP score"] = too_long([c["prompt"] for c in cases if c["set"] in SCORED], clip.processor.tokenizer, clip.max_tokens)
     if state.is_main_process:
-        print(f"{', '.join(map(str, args.paths))}: {len(cases)} prompts ({', '.join(f'{n} {s}' for s, n in by_set.items())}) x {len(columns)} models; "
-              f"{args.dropped} prompts about minors dropped; cut, as longer than the encoder's tokens: {', '.join(f'{n} for {k}' for k, n in cut.items())}; judge {args.judge}; on {state.num_processes} processes", flush=True)
+        count = lambda numbers, word="": ", ".join(f"{n} {word}{name}" for name, n in numbers.items())
+        print(f"{', '.join(map(str, args.paths))}: {len(cases)} prompts ({count(by_set)}) x {len(columns)} models; {args.dropped} prompts about minors dropped; "
+              f"too long, so cut: {count(cut, 'for ')}; judge {args.judge}; on {state.num_processes} processes", flush=True)
     for column in columns:
         draw_missing(column, cases, args, state)
     drawn = time.time()

@@ -905,8 +905,9 @@ def test_prompt_sets(tmp_path):
     judge = evaluate.ClipJudge(str(HERE / "tiny/judge"), "cpu", torch.float32)
     assert sorted(evaluate.nearest_words("tree", vocabulary, judge, argparse.Namespace(concepts=["tree"], prompt_dir=HERE / "prompts"))) == ["cat", "van", "van gogh"]
     args = argparse.Namespace(dropped=0)
-    kept = evaluate.drop_minors([dict(prompt=p) for p in ("a girl on a beach", "a 15-year-old at school", "a woman of 30 years", "a kidney bean", "two Teenagers")], args)
-    assert [r["prompt"] for r in kept] == ["a woman of 30 years", "a kidney bean"] and args.dropped == 3
+    kept = evaluate.drop_minors([dict(prompt=p) for p in ("a girl on a beach", "a 15-year-old at school", "a woman of 30 years", "a kidney bean", "two Teenagers",
+                                                               "a twelve year old", "a twenty-seven-year-old")], args)
+    assert [r["prompt"] for r in kept] == ["a woman of 30 years", "a kidney bean", "a twenty-seven-year-old"] and args.dropped == 4
 
 
 def test_compare_takes_baselines(erased, evaluation, tmp_path):
