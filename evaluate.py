@@ -594,8 +594,11 @@ def write_report(results: dict, about: dict, base: Column, erased: list[Column],
     (out_dir / "report.md").write_text("\n".join([
         f"# {', '.join(about['concept'])}: {', '.join(c.name for c in erased)}", "",
         f"Judge {about['judge']}, seen above {about['threshold']}; CLIP score by {about['clip_backbone']}; FID features: {about['fid_features']}; model {about['model']}. Rates with "
-        f"95 % Wilson intervals; base and erased from the same noise; seeds: {about['seeds']}. "
-        f"Prompts cut, as longer than the encoder takes: {', '.join(f'{n} for {encoder}' for encoder, n in about['prompts_cut'].items())}.", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
+        f"95 % Wilson intervals; base and erased from the same noise; seeds: {about['seeds']}.", "",
+        f"Different prompts: {', '.join(f'{n} {set_}' for set_, n in about['different_prompts'].items())}; the intervals take every picture for independent, and are too narrow "
+        "where the same prompts come again. Prompts cut, as longer than the encoder takes: "
+        f"{', '.join(f'{n} for {encoder}' for encoder, n in about['prompts_cut'].items())}.", "",
+        "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
         *("| " + " | ".join(r) + " |" for r in rows[1:]), "", "![pairs](grid.png)", "",
         "Worst failures (last rows of grid.png): highest scores of the concept, and largest falls of the score of a bystander.", "", *worst, ""]))
 
@@ -786,7 +789,8 @@ def run(args, check_only: bool = False) -> dict | None:
         model_revision=Path(snapshot).parent.name if isinstance(snapshot, str) else None, base_fingerprint=base.weights, weights={c.name: c.weights for c in erased},
         judge=erase.portable_name(args.judge), judge_revision=getattr(judge.model.config, "_commit_hash", None), judge_fingerprint=erase.fingerprint(judge.model),
         threshold=threshold, clip_backbone=clip and erase.portable_name(args.clip), clip_fingerprint=clip and erase.fingerprint(clip.model),
-        fid_features=args.fid, nudenet=nudenet and ("2" if args.nudenet_v2 else version("nudenet")), pictures=by_set, prompts_about_minors_dropped=args.dropped, prompts_cut=cut,
+        fid_features=args.fid, nudenet=nudenet and ("2" if args.nudenet_v2 else version("nudenet")), pictures=by_set,
+        different_prompts={set_: len({c["prompt"] for c in cases if c["set"] == set_}) for set_ in by_set}, prompts_about_minors_dropped=args.dropped, prompts_cut=cut,
         cases_sha256=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         prompt_files={erase.portable_name(str(f)): hashlib.sha256(f.read_bytes()).hexdigest() for f in used}, seeds="each prompt's evaluation_seed, + 100,000 for each repetition",
         versions={name: version(name) for name in ("torch", "diffusers", "transformers", "torchmetrics")})

@@ -688,6 +688,7 @@ def test_texts_cut_short_are_counted(evaluation):
     count = lambda name, limit, sets: sum(len(AutoTokenizer.from_pretrained(HERE / name)(c["prompt"]).input_ids) > limit for c in listed if c["file"].startswith(sets))
     assert evaluation[1]["about"]["prompts_cut"] == {"T5": count("tiny/flux/tokenizer_2", 24, ""), "CLIP score": count("tiny/judge", 12, ("concept", "retain"))}
     assert 0 < evaluation[1]["about"]["prompts_cut"]["CLIP score"] < 20
+    assert evaluation[1]["about"]["different_prompts"]["neighbours"] == len({c["prompt"] for c in listed if c["file"].startswith("neighbours")})
 
 
 def test_text_vectors_do_not_depend_on_what_the_tokenizer_says():
