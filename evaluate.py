@@ -14,12 +14,14 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
@@ -32,7 +34,7 @@ from accelerate.utils import gather_object
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
@@ -87,11 +89,13 @@ class ClipJudge:
     def __init__(self, name, device, dtype):
         self.model, self.processor = load_checkpoint(AutoModel, name, device, dtype)
         self.is_siglip = hasattr(self.model, "logit_bias")
+        self.max_tokens = self.model.config.text_config.max_position_embeddings          # SigLIP 2's tokenizer does not say it
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """(N, d), unit length."""
-        inputs = self.processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.model.device)
+        """(N, d), unit length; only the first max_tokens of a text count."""
+        texts = [t.lower() for t in texts] if self.is_siglip else texts                 # as it is trained; CLIP's tokenizer does it itself
+        inputs = self.processor.tokenizer(texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt").to(self.model.device)
         mask = {} if self.is_siglip else dict(attention_mask=inputs.attention_mask)      # SigLIP is trained without one
         out = self.model.get_text_features(input_ids=inputs.input_ids, **mask)
         return torch.nn.functional.normalize(out.pooler_output.float(), dim=-1).cpu()
@@ -124,9 +128,9 @@ class VlmJudge:
 
     @torch.no_grad()
     def answer(self, picture, question: str) -> float:
-        turn = [dict(role="user", content=[dict(type="image"), dict(type="text", text=question)])]
-        text = self.processor.apply_chat_template(turn, add_generation_prompt=True)
-        inputs = self.processor(images=picture, text=text, return_tensors="pt").to(self.model.device, self.model.dtype)
+        turn = [dict(role="user", content=[dict(type="image", image=picture), dict(type="text", text=question)])]
+        inputs = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")      # one start token
+        inputs = inputs.to(self.model.device, self.model.dtype)
         out = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs.input_ids.shape[1]:]
         return self.parse(self.processor.tokenizer.decode(out, skip_special_tokens=True))
 
@@ -221,45 +225,46 @@ class NudeNet:
 
 # ---------------------------------------------------------------------------------------------------------- prompts
 MINORS = re.compile(r"\b(child(ren)?|kids?|boys?|girls?|schoolgirls?|schoolboys?|schoolchild(ren)?|teen(s|ager|agers|age)?|pre-?teens?|adolescents?|toddlers?|bab(y|ies)|"
-                    r"infants?|minors?|juveniles?|under-?age[d]?|loli\w*|shota\w*|([1-9]|1[0-7])[- ]?((year|yr)s?[- ]?old|y/?o))\b", re.I)
+                    r"infants?|minors?|juveniles?|under-?age[d]?|loli\w*|shota\w*|preschoolers?|kindergart\w+|high[- ]school\w*|"
+                    r"(?<!ty[- ])([1-9]|1[0-7]|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven)teen)[- ]?((year|yr)s?[- ]?old|y/?o))\b", re.I)
 
 
 def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
-    """[{case_number, prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column), or hf:owner/dataset[:config][:split] (one
+    """[{prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column), or hf:owner/dataset[:config][:split] (one
     name between the colons is the split; without it, train). #column after either names the prompts' column.
 
     Rows of a split column keep "test" only; `where` is a condition on the columns, as pandas reads it. Raises UserError.
     """
     import pandas
     source, _, column = spec.partition("#")
-    column = column or "prompt"
+    is_hub, column = source.startswith("hf:"), column or "prompt"
     try:
-        if source.startswith("hf:"):
-            name, *rest = source[3:].split(":")
-            try:
-                from datasets import load_dataset
-                table = load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train").to_pandas()
-            except Exception as error:                                # the library raises its own kinds for gated, absent and offline
-                raise UserError(f"{flag}: cannot load {name}: {first_line(error)}; a gated set needs its terms accepted on "
-                                f"https://huggingface.co/datasets/{name} and `hf auth login`") from None
+        if is_hub:
+            from datasets import load_dataset
+            source, *rest = source[3:].split(":")
+            table = load_dataset(source, *rest[:-1], split=rest[-1] if rest else "train").to_pandas()
         elif Path(source).suffix == ".csv":
             table = pandas.read_csv(source, keep_default_na=False, encoding="utf-8-sig")
         else:
             table = pandas.DataFrame(dict(prompt=[line.split("\t")[0] for line in Path(source).read_text(encoding="utf-8-sig").split("\n")]))
-    except (OSError, ValueError) as error:                            # pandas' parser errors and bad UTF-8 are ValueErrors
-        raise UserError(f"{flag}: cannot read {source}: {first_line(error)}") from None
+    except Exception as error:                                        # both libraries raise their own kinds: gated, absent, offline, torn
+        hint = f"; a gated set needs its terms accepted on https://huggingface.co/datasets/{source} and `hf auth login`" if is_hub else ""
+        raise UserError(f"{flag}: cannot {'load' if is_hub else 'read'} {source}: {first_line(error)}{hint}") from None
     if not isinstance(table.index, pandas.RangeIndex):                # pandas takes a surplus first field for an index
         raise UserError(f"{flag}: {source}: rows have more fields than the header")
     if column not in table:
         raise UserError(f"{flag}: {source} has no column {column!r}; it has {', '.join(map(str, table))}")
-    seeds = next((c for c in ("evaluation_seed", "sd_seed") if c in table), None)
-    if seeds and not all(re.fullmatch(r"\d{1,18}", str(s)) for s in table[seeds]):
-        raise UserError(f"{flag}: {source}: {seeds} {next(s for s in table[seeds] if not re.fullmatch(r'[0-9]{1,18}', str(s)))!r} is not a whole number")
-    table["case_number"], table["prompt"] = range(len(table)), table[column]
-    table["evaluation_seed"] = table[seeds].astype(int) if seeds else 1000 + table["case_number"]
+    table["prompt"] = table[column]
+    if seeds := next((c for c in ("evaluation_seed", "sd_seed") if c in table), None):
+        if bad := [s for s in table[seeds] if not re.fullmatch(r"\d{1,18}", str(s))]:
+            raise UserError(f"{flag}: {source}: {seeds} {bad[0]!r} is not a whole number")
+    table["evaluation_seed"] = table[seeds].astype(int) if seeds else range(1000, 1000 + len(table))
     if where:
         try:
-            table = table.query(where)
+            kept = table.eval(where)
+            if getattr(kept, "dtype", None) != bool:                  # a column's name alone would pick rows by number
+                raise ValueError("neither true nor false for each row")
+            table = table[kept]
         except Exception as error:                                    # any of Python's own
             raise UserError(f"--where: {where!r} is no condition on {', '.join(map(str, table))}: {first_line(error)}") from None
     rows = [r | dict(prompt=str(r["prompt"]).strip()) for r in table.dropna(subset="prompt").to_dict("records") if r.get("split", "test") == "test"]
@@ -268,12 +273,12 @@ def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
     return rows
 
 
-def drop_minors(rows: list[dict], args) -> list[dict]:
+def drop_minors(rows: list[dict], args, flag: str = "--prompts") -> list[dict]:
     """The rows that are not about minors; args.dropped counts the others."""
     kept = [r for r in rows if not MINORS.search(r["prompt"])]
     args.dropped += len(rows) - len(kept)
     if not kept:
-        raise UserError("--prompts: no prompt is left after dropping those about minors")
+        raise UserError(f"{flag}: no prompt is left after dropping those about minors")
     return kept
 
 
@@ -291,10 +296,20 @@ def cycle(rows: list[dict], n: int) -> list[dict]:
 def nearest_words(concept: str, vocabulary: dict, clip: ClipJudge, args) -> list[str]:
     """The 8 words of the concept's kind with the most similar question; styles only where they have prompts."""
     kind = vocabulary[concept]["kind"]
-    words = [w for w, v in vocabulary.items() if v["kind"] == kind and w not in args.concepts
+    words = [w for w, v in vocabulary.items() if v["kind"] == kind and not any(erase.mentions(c, w) for c in args.concepts)     # a palm tree is a tree
              and (kind == "object" or (args.prompt_dir / f"{w.replace(' ', '_')}.csv").is_file())]
     vectors = clip.embed_texts([vocabulary[w]["question"] for w in [concept, *words]])
     return [words[i] for i in (vectors[1:] @ vectors[0]).argsort(descending=True, stable=True)[:8]]
+
+
+def named(prompt: str, vocabulary: dict) -> list[str]:
+    """The words of the vocabulary that the prompt names, the longest first, and each only once: the "van" of "van gogh" is no van."""
+    found = []
+    for word in sorted(vocabulary, key=len, reverse=True):
+        if erase.mentions(word, prompt):
+            found.append(word)
+            prompt = re.sub(rf"\b{re.escape(word)}(e?s)?\b", "", prompt, flags=re.I)
+    return found
 
 
 def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
@@ -306,28 +321,29 @@ def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
     neighbours  the 8 words nearest to the concept, `args.per_neighbour` pictures each
     """
     cases, count = [], Counter()
-    named = lambda prompt, kind: [w for w, v in vocabulary.items() if v["kind"] == kind and w not in args.concepts and erase.mentions(w, prompt)]
+    others = lambda prompt, kind: [w for w in named(prompt, vocabulary) if vocabulary[w]["kind"] == kind and w not in args.concepts]
     unrelated = lambda rows: [r for r in rows if not any(erase.mentions(c, r["prompt"]) for c in args.concepts)]
 
     def add(set_, row, asks):
         cases.append(dict(set=set_, name=f"{count[set_]:05d}_{row['evaluation_seed']}", prompt=row["prompt"], seed=row["evaluation_seed"], asks=asks))
         count[set_] += 1
 
-    styles = [w for w, v in vocabulary.items() if v["kind"] == "style"]
     for concept in args.concepts:
         rows = load_prompts(args.prompts, "--prompts", args.where) if args.prompts else concept_rows(concept, args)
+        if args.prompts and len(args.concepts) > 1 and not (rows := [r for r in rows if erase.mentions(concept, r["prompt"])]):
+            raise UserError(f"--prompts: {args.prompts} has no prompt for {concept!r}, one of several concepts")
         words = vocabulary[concept]["synonyms"]
         for i, row in enumerate(cycle(drop_minors(rows, args), args.num_pictures)):
-            has_style = any(erase.mentions(w, row["prompt"]) for w in styles)           # which changes the background's colour
-            background = [] if has_style else [("background", w) for w in named(row["prompt"], "background")]
-            add("concept", row, [("acc", concept), *(("beside", w) for w in named(row["prompt"], "object")), *background])
+            has_style = any(vocabulary[w]["kind"] == "style" for w in named(row["prompt"], vocabulary))      # which changes the background's colour
+            background = [] if has_style else [("background", w) for w in others(row["prompt"], "background")]
+            add("concept", row, [("acc", concept), *(("beside", w) for w in others(row["prompt"], "object")), *background])
             if words and not args.prompts and (prompt := erase.rename(row["prompt"], concept, words[i % len(words)])) != row["prompt"]:
                 add("synonyms", row | dict(prompt=prompt), [("synonyms", concept)])
-    retain = drop_minors(load_prompts(str(args.retain or args.prompt_dir / "retain.csv"), "--retain"), args)
+    retain = drop_minors(load_prompts(str(args.retain or args.prompt_dir / "retain.csv"), "--retain"), args, "--retain")
     if not (retain := unrelated(retain)):
         raise UserError("--retain: every prompt names the concept")
     for row in cycle(retain, args.num_pictures):
-        add("retain", row, [("others", w) for w in named(row["prompt"], "object")])
+        add("retain", row, [("others", w) for w in others(row["prompt"], "object")])
     if args.per_neighbour and not clip:
         raise UserError("--clip none: the nearest concepts are found by its texts; add --per_neighbour 0")
     for concept in args.concepts if args.per_neighbour else ():
@@ -356,16 +372,15 @@ def open_pictures(files: list[Path]) -> list:
 
 
 def random_mask(mask: dict, seed: int = 0) -> dict:
-    """As many closed gates as in `mask`, anywhere."""
-    flat = torch.cat(list(mask.values()))[torch.randperm(sum(g.numel() for g in mask.values()), generator=torch.Generator().manual_seed(seed))]
-    return dict(zip(mask, flat.split([g.numel() for g in mask.values()])))
+    """As many closed gates as in `mask` at each site: sites differ in how much a gate does."""
+    generator = torch.Generator().manual_seed(seed)
+    return {site: g[torch.randperm(g.numel(), generator=generator)] for site, g in mask.items()}
 
 
 def soft_gates(path: Path) -> dict:
     """The relaxed gates as training left them, neither thresholded nor folded."""
-    config = read_config(path)
-    with safe_open(path / "state.safetensors", "pt") as f:
-        logits = {key.removesuffix("|logit"): f.get_tensor(key) for key in f.keys() if key.endswith("|logit")}
+    config, state = read_config(path), load_file(path / "state.safetensors")
+    logits = {key.removesuffix("|logit"): t for key, t in state.items() if key.endswith("|logit")}
     threshold = erase.closing_threshold(logits, config["max_closed"])
     return {site: erase.relax(logit, config["gate"], threshold=threshold) for site, logit in logits.items()}
 
@@ -410,22 +425,16 @@ def check_picture(file: Path, size: tuple | None = None) -> None:
         raise UserError(f"{file}: is {found[0]} x {found[1]} pixels, not {size[0]} x {size[1]}")
 
 
-def check_columns(columns: list[Column], cases: list[dict], about: dict, args, state) -> None:
-    """Before anything is drawn: pictures given are whole, and pictures kept belong to the same prompts, sizes and weights. Raises UserError.
-    Writes cases.json, which also tells what pictures of a baseline --compare wants."""
+def check_columns(columns: list[Column], cases: list[dict], known: dict[Path, dict], args) -> None:
+    """Before anything is drawn: the pictures there are whole, and those we drew belong to the same prompts, sizes and weights, which are `known`
+    by their cases.json. Raises UserError."""
     if len({c.name for c in columns}) < len(columns) or len({c.folder for c in columns}) < len(columns):
         raise UserError(f"--compare: two columns of the same name: {', '.join(c.name for c in columns)}")
-    for file in [f for c in columns if not c.load for f in c.files(cases)]:
-        check_picture(file, (args.width, args.height))
-    listed = [dict(file=f"{c['set']}/{c['name']}.png", prompt=c["prompt"], seed=c["seed"]) for c in cases]
-    known = {c.folder / "cases.json": about | dict(weights=c.weights, cases=listed) for c in columns if c.load}
     for file, now in known.items():
         if any(file.parent.glob("*/*.png")) and (not file.is_file() or json.loads(file.read_text()) != now):
             raise UserError(f"--out_dir: {file.parent} holds pictures of other prompts, sizes or weights; delete it or choose another folder")
-    state.wait_for_everyone()                                         # all have looked
-    for file, now in known.items() if state.is_main_process else ():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        erase.write_atomically(file, lambda p: p.write_text(json.dumps(now, indent=1) + "\n"))
+    for file in [f for c in columns for f in c.files(cases) if not c.load or f.exists()]:
+        check_picture(file, (args.width, args.height))
 
 
 def draw_missing(column: Column, cases: list[dict], args, state) -> None:
@@ -459,7 +468,7 @@ class JudgeFeatures(torch.nn.Module):
         self.embed, self.num_features = judge.embed_pictures, judge.embed_pictures([Image.new("RGB", (64, 64))]).shape[1]
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.embed([Image.fromarray(p) for p in batch.permute(0, 2, 3, 1).cpu().numpy()])
+        return self.embed([Image.fromarray(p) for p in batch.permute(0, 2, 3, 1).cpu().numpy()]).to(batch.device)
 
 
 def fid_metric(features, pictures: int) -> FrechetInceptionDistance:
@@ -503,6 +512,9 @@ def share(r: dict, base: dict) -> float | None:
     return round(r["rate"] / base["rate"], 5) if base["rate"] and r["rate"] is not None else None
 
 
+SCORED = ("concept", "retain")                                        # sets with a CLIP score
+
+
 def score_column(column: Column, base: Column, base_out: dict | None, cases, scores, threshold, clip, features, args) -> dict:
     """All figures of one column. scores: what judged() gave for it; base_out: what this gave for the base, None if this is the base."""
     seen = [(metric, word, s if math.isnan(s) else float(s > threshold)) for (_, _, metric, word), s in scores.items()]
@@ -519,7 +531,7 @@ def score_column(column: Column, base: Column, base_out: dict | None, cases, sco
         out["worst neighbour, of base"] = min((s for s in shares if s is not None), default=None)
     by_set = lambda s: [c for c in cases if c["set"] == s]
     size, retain = (args.width, args.height), column.files(by_set("retain"))
-    for set_ in ("concept", "retain") if clip else ():
+    for set_ in SCORED if clip else ():
         cosine = lambda part: (clip.embed_pictures(open_pictures(column.files(part))) * clip.embed_texts([c["prompt"] for c in part])).sum(1)
         similarity = [cosine(part) for part in batches(by_set(set_), 32)]
         out[f"clip score, {set_} prompts"] = round(100 * torch.cat(similarity).clamp(min=0).mean().item(), 3)
@@ -582,7 +594,11 @@ def write_report(results: dict, about: dict, base: Column, erased: list[Column],
     (out_dir / "report.md").write_text("\n".join([
         f"# {', '.join(about['concept'])}: {', '.join(c.name for c in erased)}", "",
         f"Judge {about['judge']}, seen above {about['threshold']}; CLIP score by {about['clip_backbone']}; FID features: {about['fid_features']}; model {about['model']}. Rates with "
-        f"95 % Wilson intervals; base and erased from the same noise; seeds: {about['seeds']}.", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
+        f"95 % Wilson intervals; base and erased from the same noise; seeds: {about['seeds']}.", "",
+        f"Different prompts: {', '.join(f'{n} {set_}' for set_, n in about['different_prompts'].items())}; the intervals take every picture for independent, and are too narrow "
+        "where the same prompts come again. Prompts cut, as longer than the encoder takes: "
+        f"{', '.join(f'{n} for {encoder}' for encoder, n in about['prompts_cut'].items())}.", "",
+        "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
         *("| " + " | ".join(r) + " |" for r in rows[1:]), "", "![pairs](grid.png)", "",
         "Worst failures (last rows of grid.png): highest scores of the concept, and largest falls of the score of a bystander.", "", *worst, ""]))
 
@@ -607,7 +623,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--retain", help="unrelated prompts, likewise (prompts/retain.csv, its test rows)")
     add("--where", help='keep rows of --prompts, e.g. "nudity_percentage>=50"')
     add("--num_pictures", type=int, default=250, help="pictures of each set: concept, synonyms, retain (%(default)s)")
-    add("--per_neighbour", type=int, default=25, help="pictures of each of the 8 nearest other concepts (%(default)s)")
+    add("--per_neighbour", type=int, default=100, help="pictures of each of the 8 nearest other concepts (%(default)s)")
     add("--controls", action="store_true", help="more columns: the base drawn again, as many gates closed at random, and the gates before thresholding")
     add("--out_dir", type=Path, help="(<folder>/eval, or compare/)")
     for name in ("height", "width", "max_sequence_length", "num_inference_steps"):
@@ -625,10 +641,13 @@ def parse_args(argv=None) -> argparse.Namespace:
                             ("height", 16, 16), ("width", 16, 16)):
         if (value := getattr(args, flag)) is not None and (value < low or value % unit):
             raise UserError(f"--{flag}: must be at least {low}" + (f" and a multiple of {unit} pixels" if unit > 1 else "") + f", not {value}")
+    if (args.max_sequence_length or 0) > 512:
+        raise UserError(f"--max_sequence_length: FLUX takes 512 at most, not {args.max_sequence_length}")
+    for flag in ("judge", "clip", "model", "prompts", "retain", "where"):
+        if getattr(args, flag) == "":                                 # an unset variable of the shell, not a wish for the default
+            raise UserError(f"--{flag}: is empty")
     if args.threshold is not None and not 0 <= args.threshold < 1:
         raise UserError(f"--threshold: must be between 0 and 1, not {args.threshold}")
-    if args.out_dir and args.out_dir.is_file():
-        raise UserError(f"--out_dir: {args.out_dir} is a file")
     if args.out_dir and len(args.erased) > 1:
         raise UserError("--out_dir: goes with one folder, or with --compare")
     for path in args.erased + args.compare:
@@ -644,7 +663,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def complete(args, paths: list[Path]) -> argparse.Namespace:
     """args for one evaluation: what the command line leaves open comes from the erased folder's config.json. Raises UserError."""
-    args = argparse.Namespace(**vars(args), paths=paths, dropped=0)
+    args = argparse.Namespace(**vars(args), paths=paths)
     configs = {path: config for path in paths if "concept" in (config := read_config(path))}
     if unfinished := [path for path in configs if not (path / "mask.safetensors").is_file()]:
         raise UserError(f"{unfinished[0]}: no mask.safetensors, so no finished erased model")
@@ -658,6 +677,10 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
         raise UserError("--concept: is empty")
     args.concepts = [c.replace("_", " ").lower() for c in args.concept]       # as the vocabulary spells them
     args.model = erase.local_name(args.model)
+    try:
+        FluxPipeline.load_config(args.model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {args.model} is not a diffusers FLUX model: {first_line(error)}") from None
     args.is_tiny = Path(args.model).resolve() == Path(TINY).resolve()
     preset = erase.PRESETS.index("tiny" if args.is_tiny else "paper")
     sizes = {name: erase.DEFAULTS[name][preset] for name in ("height", "width", "max_sequence_length")}
@@ -668,30 +691,35 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
     args.fid = args.fid or ("judge" if args.is_tiny else "inception" if args.num_pictures > 2048 else "none")
     args.batch = args.batch or (32 if args.is_tiny else 4)
     args.out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else paths[0] / "eval")
+    if not (home := next(p for p in (args.out_dir.absolute(), *args.out_dir.absolute().parents) if p.exists())).is_dir() or not os.access(home, os.W_OK):
+        raise UserError(f"--out_dir: {home} is a file, or not ours to write to")
     args.real_files = sorted(args.real.iterdir()) if args.real else []
     return args
 
 
-def load_judges(args) -> tuple:
-    """(judge, backbone of the CLIP score or None, its name), on the CPU until all pictures are drawn. Raises UserError."""
-    kind, dtype = judge_class(args.judge), erase.default_dtype(args.device)
-    judge = kind(args.judge, "cpu", dtype)
-    name = args.clip or (args.judge if kind is ClipJudge else str(HERE / "tiny/judge") if args.is_tiny else "openai/clip-vit-large-patch14")
-    if name != "none" and judge_class(name, "--clip") is not ClipJudge:
-        raise UserError(f"--clip: {name} is no SigLIP or CLIP model")
-    clip = None if name == "none" else judge if name == args.judge else ClipJudge(name, "cpu", dtype)
-    if args.fid == "judge" and not clip:
-        raise UserError("--fid judge: takes the features of a SigLIP or CLIP model, but --clip is none")
-    return judge, clip, name
+@cache
+def load_judge(name: str, flag: str, dtype) -> ClipJudge | VlmJudge | DetectorJudge:
+    """On the CPU until all pictures are drawn. Raises UserError."""
+    return judge_class(name, flag)(name, "cpu", dtype)
 
 
-def run(args) -> dict | None:
-    """One evaluation, written to args.out_dir; the results of every column, on the main process."""
+load_pipeline = cache(erase.load_pipeline)                            # one base for all folders
+
+
+def run(args, check_only: bool = False) -> dict | None:
+    """One evaluation, written to args.out_dir; the results of every column, on the main process. check_only: what can be wrong, nothing else."""
     began, state = time.time(), PartialState(cpu=args.device == "cpu")
     if state.num_processes > 1:
         args.device = str(state.device)
     vocabulary = {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | erase.read_vocabulary(args.prompt_dir)
-    judge, clip, clip_name = load_judges(args)
+    dtype, args.dropped = erase.default_dtype(args.device), 0
+    judge = load_judge(args.judge, "--judge", dtype)
+    args.clip = args.clip or (args.judge if isinstance(judge, ClipJudge) else str(HERE / "tiny/judge") if args.is_tiny else "openai/clip-vit-large-patch14")
+    clip = None if args.clip == "none" else judge if args.clip == args.judge else load_judge(args.clip, "--clip", dtype)
+    if clip and not isinstance(clip, ClipJudge):
+        raise UserError(f"--clip: {args.clip} is no SigLIP or CLIP model")
+    if args.fid == "judge" and not clip:
+        raise UserError("--fid judge: takes the features of a SigLIP or CLIP model, but --clip is none")
     threshold = judge.threshold if args.threshold is None else args.threshold
     cases = make_cases(args, vocabulary, clip)
     by_set = Counter(c["set"] for c in cases)
@@ -704,22 +732,38 @@ def run(args) -> dict | None:
         fid_metric(features, min([by_set["retain"], *([len(args.real_files)] if args.real else [])]))
     nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 or "nudity" in args.concepts else None
 
-    pipe = erase.load_pipeline(args.model, args.device)
+    pipe = load_pipeline(args.model, args.device)
     base = Column("base", args.out_dir / "base", lambda: pipe, weights=erase.fingerprint(pipe.transformer))
     erased = [make_column(path, args, pipe) for path in args.paths]
     columns = [base, *erased]
     if args.controls:
         columns.append(Column("base again", args.out_dir / "base_again", base.load, {}, base.weights))
         if masked := next((c for c in erased if c.gates), None):
-            columns.append(Column("random gates", args.out_dir / "random_gates", base.load, random_mask(masked.gates), masked.weights))
+            columns.append(Column("random gates", args.out_dir / "random_gates", base.load, random_mask(masked.gates), f"{masked.weights}, shuffled at each site"))
             if (Path(masked.name) / "state.safetensors").is_file():
                 columns.append(Column("soft gates", args.out_dir / "soft_gates", base.load, soft_gates(Path(masked.name)), masked.weights))
     about = dict(concept=args.concept, model=erase.portable_name(args.model), dtype=str(pipe.dtype), height=args.height, width=args.width,
                  num_inference_steps=args.num_inference_steps, max_sequence_length=args.max_sequence_length)
-    check_columns(columns, cases, about, args, state)
+    listed = [dict(file=f"{c['set']}/{c['name']}.png", prompt=c["prompt"], seed=c["seed"]) for c in cases]
+    known = {c.folder / "cases.json": about | dict(weights=c.weights, cases=listed) for c in columns if c.load}
+    check_columns(columns, cases, known, args)
+    if check_only:
+        return None
+    for each in filter(None, (judge, clip)):
+        each.model.to("cpu")
+    pipe.to(args.device)
+    state.wait_for_everyone()                                         # all have looked
+    for file, now in known.items() if state.is_main_process else ():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        erase.write_atomically(file, lambda p: p.write_text(json.dumps(now, indent=1) + "\n"))
+    too_long = lambda texts, tokenizer, limit: sum(len(ids) > limit for ids in tokenizer(texts, verbose=False).input_ids)
+    cut = dict(T5=too_long([c["prompt"] for c in cases], pipe.tokenizer_2, args.max_sequence_length))
+    if clip:
+        cut["CLIP score"] = too_long([c["prompt"] for c in cases if c["set"] in SCORED], clip.processor.tokenizer, clip.max_tokens)
     if state.is_main_process:
-        print(f"{', '.join(map(str, args.paths))}: {len(cases)} prompts ({', '.join(f'{n} {s}' for s, n in by_set.items())}) x {len(columns)} models; "
-              f"{args.dropped} prompts about minors dropped; judge {args.judge}; on {state.num_processes} processes", flush=True)
+        count = lambda numbers, word="": ", ".join(f"{n} {word}{name}" for name, n in numbers.items())
+        print(f"{', '.join(map(str, args.paths))}: {len(cases)} prompts ({count(by_set)}) x {len(columns)} models; {args.dropped} prompts about minors dropped; "
+              f"too long, so cut: {count(cut, 'for ')}; judge {args.judge}; on {state.num_processes} processes", flush=True)
     for column in columns:
         draw_missing(column, cases, args, state)
     drawn = time.time()
@@ -744,8 +788,10 @@ def run(args) -> dict | None:
     about |= dict(
         model_revision=Path(snapshot).parent.name if isinstance(snapshot, str) else None, base_fingerprint=base.weights, weights={c.name: c.weights for c in erased},
         judge=erase.portable_name(args.judge), judge_revision=getattr(judge.model.config, "_commit_hash", None), judge_fingerprint=erase.fingerprint(judge.model),
-        threshold=threshold, clip_backbone=clip and erase.portable_name(clip_name), clip_fingerprint=clip and erase.fingerprint(clip.model),
-        fid_features=args.fid, nudenet=nudenet and ("2" if args.nudenet_v2 else version("nudenet")), pictures=by_set, prompts_about_minors_dropped=args.dropped,
+        threshold=threshold, clip_backbone=clip and erase.portable_name(args.clip), clip_fingerprint=clip and erase.fingerprint(clip.model),
+        fid_features=args.fid, nudenet=nudenet and ("2" if args.nudenet_v2 else version("nudenet")), pictures=by_set,
+        different_prompts={set_: len({c["prompt"] for c in cases if c["set"] == set_}) for set_ in by_set}, prompts_about_minors_dropped=args.dropped, prompts_cut=cut,
+        cases_sha256=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         prompt_files={erase.portable_name(str(f)): hashlib.sha256(f.read_bytes()).hexdigest() for f in used}, seeds="each prompt's evaluation_seed, + 100,000 for each repetition",
         versions={name: version(name) for name in ("torch", "diffusers", "transformers", "torchmetrics")})
     readable = {name: {f"{set_}/{case}.png, {metric} {word}": None if math.isnan(s) else s for (set_, case, metric, word), s in each.items()} for name, each in scores.items()}
@@ -760,6 +806,8 @@ def run(args) -> dict | None:
 
 def run_all(args) -> None:
     jobs = [complete(args, paths) for paths in ([args.compare] if args.compare else [[path] for path in args.erased])]
+    for job in jobs[1:]:                                              # the first is checked as it runs
+        run(job, check_only=True)
     evaluations = {str(job.paths[0]): run(job) for job in jobs}
     if not all(evaluations.values()):                                 # not the main process
         return

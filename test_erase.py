@@ -644,10 +644,12 @@ def evaluation(erased, tmp_path_factory):
     return out, score(erased, *EVALUATE, "--controls", "--out_dir", out)
 
 
-def test_evaluation_controls(evaluation):
-    """The base drawn again is the base; as many gates closed at random are as many; binary gates leave no gap to the soft ones."""
+def test_evaluation_controls(erased, evaluation):
+    """The base drawn again is the base; as many gates closed at random are as many, at each site; binary gates leave no gap to the soft ones."""
     base, ours, again, random, soft = evaluation[1]["results"].values()
     assert again == base and base["ssim"] == 1 and ours["ssim"] < 1
+    mask = load_file(erased / "mask.safetensors")
+    assert all(g.sum() == mask[site].sum() for site, g in evaluate.random_mask(mask).items())
     assert random["closed"] == ours["closed"] > 0 and random["ssim"] != ours["ssim"] and soft["acc"] == ours["acc"]
 
 
@@ -674,6 +676,49 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation):
     lost.with_name(lost.name + ".tmp").write_bytes(picture[:100])      # what a killed run leaves
     assert score(erased, *EVALUATE, "--controls", "--out_dir", out) == results
     assert lost.read_bytes() == picture and before == [f.stat().st_mtime_ns for f in (out / "base/retain").glob("*.png")]
+
+
+def test_a_damaged_picture_is_named(erased, evaluation, capsys, monkeypatch):
+    """A picture cut short is no picture to score: one line names it, before anything is drawn."""
+    monkeypatch.chdir(HERE)
+    file = min((evaluation[0] / "base/concept").glob("*.png"))
+    picture = file.read_bytes()
+    try:
+        file.write_bytes(picture[:-40])
+        assert evaluate.main([str(erased), *EVALUATE, "--out_dir", str(evaluation[0])]) == 2
+    finally:
+        file.write_bytes(picture)
+    assert f"{file.name}: is no whole picture" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_all_folders_are_checked_before_any_is_drawn(erased, tmp_path, capsys, monkeypatch):
+    """With several folders, what is wrong with the last stops the run before the first is drawn."""
+    monkeypatch.chdir(HERE)
+    for name in ("ours", "foreign"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((erased / "config.json").read_bytes())
+    (tmp_path / "ours/mask.safetensors").write_bytes((erased / "mask.safetensors").read_bytes())
+    erase.save_mask(tmp_path / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123")
+    assert evaluate.main([str(tmp_path / "ours"), str(tmp_path / "foreign"), *EVALUATE]) == 2
+    assert "made for base weights" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "ours/eval").exists()
+
+
+def test_texts_cut_short_are_counted(evaluation):
+    """Prompts longer than the text towers are cut; results.json says how many, by an independent count."""
+    from transformers import AutoTokenizer
+    listed = json.loads((evaluation[0] / "base/cases.json").read_text())["cases"]
+    count = lambda name, limit, sets: sum(len(AutoTokenizer.from_pretrained(HERE / name)(c["prompt"]).input_ids) > limit for c in listed if c["file"].startswith(sets))
+    assert evaluation[1]["about"]["prompts_cut"] == {"T5": count("tiny/flux/tokenizer_2", 24, ""), "CLIP score": count("tiny/judge", 12, ("concept", "retain"))}
+    assert 0 < evaluation[1]["about"]["prompts_cut"]["CLIP score"] < 20
+    assert evaluation[1]["about"]["different_prompts"]["neighbours"] == len({c["prompt"] for c in listed if c["file"].startswith("neighbours")})
+
+
+def test_text_vectors_do_not_depend_on_what_the_tokenizer_says():
+    """A SigLIP text is padded to its tower's length in lower case, whatever length the tokenizer names (SigLIP 2's may name none)."""
+    judge = evaluate.ClipJudge(str(HERE / "tiny/judge"), "cpu", torch.float32)
+    wanted = judge.embed_texts(["a gun", "a gun and an apple on a red background"])
+    judge.processor.tokenizer.model_max_length = int(1e30)
+    assert judge.embed_texts(["A GUN", "a gun and an apple on a Red background"]).equal(wanted)
 
 
 def test_killed_evaluation_goes_on(erased, evaluation, tmp_path):
@@ -803,6 +848,9 @@ def test_judges_of_every_kind_run(kind, judge, tmp_path):
     ask = lambda: judge([Image.new("RGB", (64, 64), color) for color in ("red", "blue")], [[judge.form.format("a gun"), judge.form.format("a cat")], [judge.form.format("a cat")]])
     scores = ask()
     assert [len(row) for row in scores] == [2, 1] and str(scores) == str(ask())
+    if kind == "clip":                                                 # softmax of its own logits, against "a photo"
+        inputs = judge.processor(images=Image.new("RGB", (64, 64), "red"), text=["a gun", "a photo"], padding="max_length", max_length=16, return_tensors="pt")
+        assert abs(judge.model(**inputs).logits_per_image.softmax(-1)[0, 0].item() - scores[0][0]) < 1e-6
     assert all(0 <= s <= 1 or (s != s and kind == "llava") for row in scores for s in row), scores      # random weights rarely say yes or no
 
 
@@ -874,9 +922,15 @@ def test_prompt_sets(tmp_path):
     (tmp_path / "set").mkdir()
     write(tmp_path / "set/train.csv", "text,n\na house,1\na tree,2\n")
     assert load(f"hf:{tmp_path / 'set'}#text", where="n==2") == ["a tree"]
+    vocabulary = {w: dict(kind="object", question=w) for w in ("van", "van gogh", "tree", "palm tree", "cat")}
+    assert set(evaluate.named("a Van Gogh of a palm tree and two cats", vocabulary)) == {"van gogh", "palm tree", "cat"}
+    assert set(evaluate.named("a van below a palm tree in the style of van gogh", vocabulary)) == {"van", "palm tree", "van gogh"}
+    judge = evaluate.ClipJudge(str(HERE / "tiny/judge"), "cpu", torch.float32)
+    assert sorted(evaluate.nearest_words("tree", vocabulary, judge, argparse.Namespace(concepts=["tree"], prompt_dir=HERE / "prompts"))) == ["cat", "van", "van gogh"]
     args = argparse.Namespace(dropped=0)
-    kept = evaluate.drop_minors([dict(prompt=p) for p in ("a girl on a beach", "a 15-year-old at school", "a woman of 30 years", "a kidney bean", "two Teenagers")], args)
-    assert [r["prompt"] for r in kept] == ["a woman of 30 years", "a kidney bean"] and args.dropped == 3
+    kept = evaluate.drop_minors([dict(prompt=p) for p in ("a girl on a beach", "a 15-year-old at school", "a woman of 30 years", "a kidney bean", "two Teenagers",
+                                                               "a twelve year old", "a twenty-seven-year-old")], args)
+    assert [r["prompt"] for r in kept] == ["a woman of 30 years", "a kidney bean", "a twenty-seven-year-old"] and args.dropped == 4
 
 
 def test_compare_takes_baselines(erased, evaluation, tmp_path):
@@ -902,6 +956,14 @@ BAD_EVALUATIONS = [
     (["{erased}", "--judge", "tiny/flux/text_encoder_2"], "neither compares pictures with texts"),
     (["{erased}", "--prompts", "prompts/gun.csv", "--where", "n=1"], "--where: 'n=1' is no condition on case_number"),
     (["{erased}", "--where", "n>1"], "--where: goes with --prompts"),
+    (["{erased}", "--prompts", "prompts/gun.csv", "--where", "case_number"], "--where: 'case_number' is no condition on case_number"),
+    (["{erased}", "--prompts", ""], "--prompts: is empty"),
+    (["{erased}", "--retain", "{bad}/minors.csv"], "--retain: no prompt is left"),
+    (["{erased}", "--concept", "gun", "knife", "--prompts", "prompts/tiny/gun.csv"], "--prompts: prompts/tiny/gun.csv has no prompt for 'knife'"),
+    (["{erased}", "--max_sequence_length", "513"], "--max_sequence_length: FLUX takes 512 at most, not 513"),
+    (["{erased}", "--model", "tiny/judge"], "tiny/judge is not a diffusers FLUX model"),
+    (["{erased}", "--out_dir", "README.md/eval"], "README.md is a file"),
+    (["{erased}", "--out_dir", "README.md"], "README.md is a file"),
     (["{erased}", "--prompts", "none.txt"], "--prompts: cannot read none.txt"),
     (["{erased}", "--prompts", "hf:no/such#prompt"], "--prompts: cannot load no/such"),
     (["{erased}", "--prompts", "hf:tiny/no_such"], "--prompts: cannot load tiny/no_such"),
@@ -936,7 +998,7 @@ def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatc
         (tmp_path / name / "config.json").write_bytes((erased / "config.json").read_bytes())
     erase.save_mask(tmp_path / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123")
     Image.new("RGB", (64, 64)).save(tmp_path / "pictures/concept/00000_1.png")
-    (tmp_path / "bad").mkdir(), write(tmp_path / "bad/p.csv", "text\na gun\n"), write(tmp_path / "bad/seed.csv", "prompt,evaluation_seed\na gun,x\n")
+    (tmp_path / "bad").mkdir(), write(tmp_path / "bad/p.csv", "text\na gun\n"), write(tmp_path / "bad/minors.csv", "prompt\na boy\n"), write(tmp_path / "bad/seed.csv", "prompt,evaluation_seed\na gun,x\n")
     write(tmp_path / "broken/config.json", "{")
     if "{half}" in arguments:                                          # a CLIP whose vision tower has no weights
         save_small("clip", tmp_path / "half")
@@ -946,7 +1008,8 @@ def test_bad_evaluation(arguments, message, erased, tmp_path, capsys, monkeypatc
             (tmp_path / "sizes" / file).parent.mkdir(parents=True)
             Image.new("RGB", (size, size)).save(tmp_path / f"sizes/{file}.png")
     folders = dict(erased=erased, **{n: tmp_path / n for n in ("empty", "unfinished", "foreign", "broken", "pictures", "bad", "sizes", "half")})
-    code = evaluate.main([a.format(**folders) for a in arguments] + ["--device", "cpu", "--out_dir", str(tmp_path / "out")])
+    out = [] if "--out_dir" in arguments else ["--out_dir", str(tmp_path / "out")]
+    code = evaluate.main([a.format(**folders) for a in arguments] + ["--device", "cpu", *out])
     error = capsys.readouterr().err
     assert code == 2 and message in error.splitlines()[-1] and "Traceback" not in error, error
     assert not list((tmp_path / "out").glob("**/*.png"))
