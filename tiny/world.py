@@ -168,7 +168,7 @@ def draw(scene: Scene) -> Image.Image:
 CONCEPTS = ("gun", "knife", "pill", "bomb", "cigarette", "superhero", "vampire", "zombie", "mermaid", "sepia", "sketch", "mosaic", "neon")
 
 
-def concept_rows(concept: str, train: int = 24, test: int = 60):
+def concept_rows(concept: str, train: int = 24, test: int = 250):
     """(prompt, neutral_prompt) pairs: a thing becomes "nothing", a style is left out; no scene twice."""
     rng, rows = random.Random(f"prompts {concept}"), {}
     while len(rows) < train + test:
