@@ -711,7 +711,8 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
 
     differs from paper: preserve_loss has no gradient where all gates are open, so erase_loss alone would choose the first to close. For binary gates
     sum_i h_i (1 - g_i) is the diagonal of its second-order expansion there, and has one. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1)."""
-    transformer, harm, generator = cases.pipe.transformer, {site: torch.zeros(units) for site, units in sites.items()}, torch.Generator().manual_seed(args.seed)
+    transformer, generator = cases.pipe.transformer, torch.Generator().manual_seed(args.seed)
+    harm = {site: torch.zeros(units) for site, units in sites.items()}
     chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, noise_seeds(args))
     for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
         noise, text, _, _ = cases.batch([case])
@@ -729,9 +730,9 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
     launch, each process takes its share of a step's cases and the gradients are summed."""
     state = PartialState()
     sites = {site: logit.numel() for site, logit in gate_logits.items()}
-    groups = {"norm": args.lr_norm, "ffn": args.lr_ffn}
-    rate = {site: groups["norm" if "norm1" in site else "ffn"] for site in sites}
-    optimizer = torch.optim.AdamW([dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()], weight_decay=args.weight_decay, eps=args.adam_eps)
+    rate = {site: args.lr_norm if "norm1" in site else args.lr_ffn for site in sites}
+    groups = [dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, eps=args.adam_eps)
     latest = torch.full((cases.num_pairs + cases.num_retain,), math.inf)          # each case's error when it was last seen
     start = load_state(out_dir, gate_logits, optimizer, latest)
     threshold = closing_threshold(gate_logits, args.max_closed)
@@ -751,7 +752,8 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         errors = errors.cpu()
         erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
         if not (math.isfinite(loss) and all(g.isfinite().all() for g in gradients.values())):
-            raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; try a smaller --lr_ffn and --lr_norm")
+            raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; "
+                               "try a smaller --lr_ffn and --lr_norm")
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - args.lr_decay * step / args.steps)
         foresight = args.beta * args.harm * max(0.0, 1 - step / (0.7 * args.steps))         # of L + foresight sum_i h_i (1 - g_i)
@@ -798,7 +800,6 @@ def load_state(out_dir: Path, gate_logits: dict, optimizer, latest: torch.Tensor
     if PartialState().is_main_process:
         write_atomically(out_dir / "metrics.jsonl", lambda p: p.write_text("".join(kept)))
     return step
-
 
 
 # ---------------------------------------------------------------------------------------------------------- results

@@ -531,6 +531,7 @@ BAD = [
     (["--steps", "0"], "--steps: must be at least 1, not 0"),
     (["--batch", "-1"], "--batch: must be at least 1"),
     (["--beta", "-1"], "--beta: must be a number >= 0"),
+    (["--harm", "nan"], "--harm: must be a number >= 0, not nan"),
     (["--hard", "1.5"], "--hard: must be between 0 and 1, not 1.5"),
     (["--max_closed", "-0.1"], "--max_closed: must be between 0 and 1, not -0.1"),
     (["--lr_ffn", "nan"], "--lr_ffn: must be a number >= 0"),
@@ -606,6 +607,7 @@ def test_paper_preset_is_table_6():
     args = erase.parse_args(["--concept", "gun", "--model", "tiny/flux", "--preset", "paper"])
     assert (args.gate, args.lr_ffn, args.lr_norm, args.weight_decay, args.beta, args.batch, args.steps, args.num_prompts) == (
         "hard_concrete", 0.5, 0.5, 0.01, 0.01, 4, 400, 20)
+    assert (args.hard, args.max_closed, args.harm, args.lr_decay) == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize("script, count", [(erase, 6), (evaluate, 5), (attacks, 3)], ids=lambda x: getattr(x, "__name__", ""))
