@@ -7,6 +7,7 @@ latents of the whole sampler, x_T the noise and theta' the base weights, it mini
          + beta E || F_{M*theta'}(x_T, c) - F_{theta'}(x_T, c) ||^2             preserve_loss, c a retain prompt
 
 end to end through all sampling steps, then thresholds the gates and folds them into the weights: a plain state dict.
+Beyond the paper, marked "differs from paper": binary gates in training, a limit on how many close, the harm of closing each alone, hard cases first.
 
 Time: sigma s = 1 is noise, s = 0 the picture; x_s = (1 - s) x_0 + s noise; velocity v = noise - x_0; x += (s_next - s) v.
 Shapes: B pictures, T packed latent tokens, C channels (64), L text tokens, D text width; gates (units,) per site.
