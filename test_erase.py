@@ -961,7 +961,7 @@ BAD_EVALUATIONS = [
     (["{erased}", "--prompts", "prompts/gun.csv", "--where", "case_number"], "--where: 'case_number' is no condition on case_number"),
     (["{erased}", "--prompts", ""], "--prompts: is empty"),
     (["{erased}", "--retain", "{bad}/minors.csv"], "--retain: no prompt is left"),
-    (["{erased}", "--concept", "gun", "knife", "--prompts", "prompts/tiny/gun.csv"], "--prompts: prompts/tiny/gun.csv has no prompt for 'knife'"),
+    (["{erased}", "--concept", "gun", "octopus", "--prompts", "prompts/gun.csv"], "--prompts: prompts/gun.csv has no prompt for 'octopus'"),
     (["{erased}", "--max_sequence_length", "513"], "--max_sequence_length: FLUX takes 512 at most, not 513"),
     (["{erased}", "--model", "tiny/judge"], "tiny/judge is not a diffusers FLUX model"),
     (["{erased}", "--out_dir", "README.md/eval"], "README.md is a file"),
