@@ -645,7 +645,7 @@ def concept_pairs(concept: str, args) -> list[dict]:
 TRAIN_NOISE, HELD_OUT_NOISE = (range(start, start + 4) for start in (2**40, 2**40 + 2**21))
 
 
-def noise_seeds(args) -> range:
+def train_noise(args) -> range:
     return range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
 
 
@@ -714,9 +714,9 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     sum_i h_i (1 - g_i) is the diagonal of its second-order expansion there, and has one. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1)."""
     transformer, generator = cases.pipe.transformer, torch.Generator().manual_seed(args.seed)
     harm = {site: torch.zeros(units) for site, units in sites.items()}
-    chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, noise_seeds(args))
+    chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, train_noise(args))
     for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
-        noise, text, _, _ = cases.batch([case])
+        noise, text, _, _ = cases.batch([case])                    # its target is kept for the training
         v = torch.randn(noise.shape, generator=generator).to(noise.device)
         gates = {site: torch.ones(units, device=noise.device, requires_grad=True) for site, units in sites.items()}
         with gated(transformer, gates):
@@ -745,7 +745,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
         relaxed = {site: relax(logit, args.gate, uniform.get(site), threshold) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
-        chosen = cases.sample(rng, args.batch, args.retain_batch, noise_seeds(args), latest, args.hard)
+        chosen = cases.sample(rng, args.batch, args.retain_batch, train_noise(args), latest, args.hard)
         cases.set_steps(rng.choice(step_counts(args)))
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
         errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, backward=True)
