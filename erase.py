@@ -70,6 +70,7 @@ DEFAULTS = dict(
 )
 PRESETS = ("paper", "tiny")
 MODULES = ("ffn", "norm", "attn", "mlp")
+ROBUST = ("synonyms", "steps", "adversary")
 
 
 def first_line(error: Exception) -> str:
@@ -474,7 +475,7 @@ LIBRARIES = dict(fp8="torchao", nf4="bitsandbytes")
 def step_counts(args) -> list[int]:
     """Numbers of sampling steps, of which each optimiser step takes one. differs from paper: --robust adds others that users may ask for."""
     n = args.num_inference_steps
-    return [1, 2, n, 2 * n] if args.robust else [n]
+    return [1, 2, n, 2 * n] if "steps" in args.robust else [n]
 
 
 def free_memory(device) -> int:
@@ -649,6 +650,9 @@ def train_noise(args) -> range:
     return range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
 
 
+ADVERSARY = 0.3    # radius of --robust adversary's ball, in standard deviations of the text's elements
+
+
 class Cases:
     """Concept pairs and retain prompts with their encodings, noise and base outputs, each made once and kept on the CPU."""
 
@@ -660,10 +664,7 @@ class Cases:
         self.text, self.base_text = text[:len(prompts)], text[len(prompts):]
         self.num_pairs, self.num_retain = len(pairs), len(retain)
         self.grid = (args.height // 16, args.width // 16)
-        self.set_steps(args.num_inference_steps)
-
-    def set_steps(self, num_inference_steps: int) -> None:
-        self.sigmas = schedule(self.pipe, num_inference_steps, self.grid[0] * self.grid[1])
+        self.sigmas = {n: schedule(pipe, n, self.grid[0] * self.grid[1]) for n in step_counts(args)}
 
     def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
         """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases; of each, the share `hard` in proportion to
@@ -678,33 +679,48 @@ class Cases:
             chosen += rng.choices(cases, k=size - count)
         return [(case, rng.choice(noise_seeds)) for case in chosen]
 
-    def batch(self, cases):
-        """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
+    def batch(self, cases, num_inference_steps: int, wanted: list):
+        """noise (B, T, C), text, target = base outputs (B, T, C) under the `wanted` texts, is_concept (B,)."""
         device, transformer = self.pipe.transformer.device, self.pipe.transformer
         noise = init_latents(self.pipe, [seed for _, seed in cases], self.args.height, self.args.width).to(device)
-        keys = [(*case, len(self.sigmas)) for case in cases]
+        keys = [(*case, num_inference_steps, wanted is self.base_text) for case in cases]
         for i, key in enumerate(keys):                             # one at a time: the same bits whatever else is in the batch
             if key not in self.finals:
-                text = stack([self.base_text[key[0]]], device)
-                self.finals[key] = rollout(transformer, noise[i:i + 1], text, self.sigmas, self.grid)[-1][0].cpu()
+                text = stack([wanted[key[0]]], device)
+                self.finals[key] = rollout(transformer, noise[i:i + 1], text, self.sigmas[num_inference_steps], self.grid)[-1][0].cpu()
         target = torch.stack([self.finals[key] for key in keys]).to(device)
         is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
         return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
 
-    def errors(self, gates, cases, micro_batch: int, backward: bool = False) -> torch.Tensor:
+    def errors(self, gates, cases, micro_batch: int, backward: bool = False, num_inference_steps: int | None = None, adversary=None) -> torch.Tensor:
         """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates."""
-        transformer, (noise, text, target, is_concept), errors = self.pipe.transformer, self.batch(cases), []
+        transformer, errors, n = self.pipe.transformer, [], num_inference_steps or self.args.num_inference_steps
+        noise, text, target, is_concept = self.batch(cases, n, self.base_text)
         for i in range(0, len(cases), micro_batch):
             part = slice(i, i + micro_batch)
             x, words = noise[part], tuple(t[part] for t in text)
+            if adversary and is_concept[part].any():
+                words[0][is_concept[part]] = self.attacked(gates, [c for c in cases[part] if c[0] < self.num_pairs], n, adversary)
             with gated(transformer, gates):
                 if backward:
                     loss_of_final = lambda final: objective(squared_errors(final, target[part]), is_concept[part], self.args)[2]
-                    _, final = rollout_backward(transformer, x, words, self.sigmas, self.grid, loss_of_final, self.args.checkpoint)
+                    _, final = rollout_backward(transformer, x, words, self.sigmas[n], self.grid, loss_of_final, self.args.checkpoint)
                 else:
-                    final = rollout(transformer, x, words, self.sigmas, self.grid)[-1]
+                    final = rollout(transformer, x, words, self.sigmas[n], self.grid)[-1]
             errors.append(squared_errors(final, target[part]).detach())
         return torch.cat(errors).cpu()                             # read once: nothing waits for the GPU in between
+
+    def attacked(self, gates, cases, num_inference_steps: int, generator) -> torch.Tensor:
+        """T5 sequences (B, L, D) of concept cases, moved from a random start by one signed step, within a ball, towards the picture that the base
+        draws for the same prompt: the fast attack in the loop of AdvUnlearn (Zhang et al. 2024, arXiv 2405.15234), on the final latents."""
+        noise, (sequence, pooled), target, _ = self.batch(cases, num_inference_steps, self.text)
+        radius = ADVERSARY * sequence.square().mean().sqrt()
+        offset = radius * (2 * torch.rand(sequence.shape, generator=generator) - 1).to(sequence)
+        moved = (sequence + offset).requires_grad_()
+        with gated(self.pipe.transformer, {site: g.detach() for site, g in gates.items()}):
+            rollout_backward(self.pipe.transformer, noise, (moved, pooled), self.sigmas[num_inference_steps], self.grid,
+                             lambda final: squared_errors(final, target).sum(), self.args.checkpoint)
+        return sequence + (offset - 2 * radius * moved.grad.sign()).clamp(-radius, radius)
 
 
 def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str, torch.Tensor]:
@@ -716,11 +732,11 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     harm = {site: torch.zeros(units) for site, units in sites.items()}
     chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, train_noise(args))
     for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
-        noise, text, _, _ = cases.batch([case])                    # its target is kept for the training
+        noise, text, _, _ = cases.batch([case], args.num_inference_steps, cases.base_text)         # its target is kept for the training
         v = torch.randn(noise.shape, generator=generator).to(noise.device)
         gates = {site: torch.ones(units, device=noise.device, requires_grad=True) for site, units in sites.items()}
         with gated(transformer, gates):
-            rollout_backward(transformer, noise, text, cases.sigmas, cases.grid, lambda final: (final.float() * v).sum(), args.checkpoint)
+            rollout_backward(transformer, noise, text, cases.sigmas[args.num_inference_steps], cases.grid, lambda final: (final.float() * v).sum(), args.checkpoint)
         for site, g in gates.items():
             harm[site] += g.grad.square().cpu() / (pictures * noise[0].numel())
     return harm
@@ -746,9 +762,10 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         relaxed = {site: relax(logit, args.gate, uniform.get(site), threshold) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
         chosen = cases.sample(rng, args.batch, args.retain_batch, train_noise(args), latest, args.hard)
-        cases.set_steps(rng.choice(step_counts(args)))
+        num_inference_steps = rng.choice(step_counts(args))
+        adversary = torch.Generator().manual_seed(args.seed * 1_000_003 + step) if "adversary" in args.robust and step % 2 else None
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
-        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, backward=True)
+        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps, adversary)
         errors, gradients = reduce([errors.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
         errors = errors.cpu()
         erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
@@ -772,7 +789,6 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         if state.is_main_process and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_state(out_dir, gate_logits, optimizer, latest, step + 1)
     metrics.close()
-    cases.set_steps(args.num_inference_steps)
     return binary(gate_logits, threshold)
 
 
@@ -897,7 +913,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or made from prompts/templates.csv)")
     add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
     add("--num_prompts", type=int, default=20, help="training pairs per concept (%(default)s)")
-    add("--robust", action="store_true", help="train on the synonyms of prompts/vocabulary.csv and on other step counts too")
+    add("--robust", nargs="+", choices=ROBUST, default=[], help="train on more: synonyms of prompts/vocabulary.csv; other step counts; prompts attacked in the loop")
     add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
     add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
     add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help="what the backward recomputes; auto: as little as memory allows (tiny: none, else auto)")
@@ -980,7 +996,7 @@ def prepare(args) -> tuple:
     check_args(args)
     rows = [concept_pairs(concept, args) for concept in args.concept]
     pairs = [r for part in rows for r in [r for r in part if r["split"] == "train"][:args.num_prompts]]
-    if args.robust:                                                # the same prompts with other words for the concept
+    if "synonyms" in args.robust:                                  # the same prompts with other words for the concept
         vocabulary = read_vocabulary(args.prompt_dir)
         pairs += [r | dict(prompt=renamed) for c in args.concept for word in vocabulary.get(c.replace("_", " ").lower(), {}).get("synonyms", ())
                   for r in pairs if (renamed := rename(r["prompt"], c.replace("_", " "), word)) != r["prompt"]]

@@ -120,12 +120,26 @@ def test_hard_cases_come_more_often():
 
 def test_each_step_count_has_its_own_base_outputs(pipe):
     """With open gates the error on retain prompts is 0 whatever the number of sampling steps, in any order; with gates closed it is not."""
-    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY])
+    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY, "--robust", "steps"])
     cases = erase.Cases(pipe, [], [dict(prompt="an apple on a red background"), dict(prompt="a dog")], args)
-    errors = lambda gates: cases.errors(gates, [(0, 1), (1, 2)], 1)          # one at a time, as base outputs are drawn
+    errors = lambda gates, steps: cases.errors(gates, [(0, 1), (1, 2)], 1, num_inference_steps=steps)        # one at a time, as base outputs are drawn
     for steps in (4, 1, 8, 4):
-        cases.set_steps(steps)
-        assert (errors({}) == 0).all() and (errors(random_mask(pipe.transformer)) > 0).all()
+        assert (errors({}, steps) == 0).all() and (errors(random_mask(pipe.transformer), steps) > 0).all()
+
+
+def test_the_attack_in_the_loop_brings_the_concept_nearer(pipe):
+    """--robust adversary moves concept prompts within its ball and towards the base's own picture of them; retain prompts stay where they are."""
+    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY])
+    cases = erase.Cases(pipe, [dict(prompt="a gun on a red background", neutral_prompt="nothing on a red background")], [dict(prompt="a dog")], args)
+    gates, chosen, generator = random_mask(pipe.transformer), [(0, seed) for seed in range(8)], torch.Generator().manual_seed(0)
+    noise, (sequence, pooled), target, _ = cases.batch(chosen, 4, cases.text)
+    moved = cases.attacked(gates, chosen, 4, generator)
+    assert ((moved - sequence).abs() <= 1.001 * erase.ADVERSARY * sequence.square().mean().sqrt()).all() and (moved != sequence).all()
+    with erase.gated(pipe.transformer, gates):
+        distance = lambda words: erase.squared_errors(erase.rollout(pipe.transformer, noise, (words, pooled), cases.sigmas[4], cases.grid)[-1], target).mean()
+        assert distance(moved) < 0.9 * distance(sequence)
+    errors = lambda adversary: cases.errors(gates, [(0, 1), (1, 1)], 1, adversary=adversary)
+    assert (errors(generator) == errors(None)).tolist() == [False, True]
 
 
 def test_harm_is_what_closing_a_gate_a_little_does(pipe):
@@ -288,7 +302,7 @@ def test_memory_does_not_grow_with_sampling_steps(transformer, inputs):
 @pytest.mark.parametrize("checkpoint", ["none", "step", "block", "both"])
 def test_memory_estimate(checkpoint, modules, pipe):
     """What erase.py says a backward needs is within 20 % of what it allocates, on tiny/flux at 128 pixels."""
-    size = argparse.Namespace(height=128, width=128, num_inference_steps=4, max_sequence_length=24, modules=modules, micro_batch=2, device="cpu", robust=False)
+    size = argparse.Namespace(height=128, width=128, num_inference_steps=4, max_sequence_length=24, modules=modules, micro_batch=2, device="cpu", robust=[])
     said = erase.memory_needed(pipe.transformer, size, checkpoint, "none", False) - 2**30 - sum(p.nbytes for p in pipe.transformer.parameters())
     real = allocated(pipe.transformer, bench.make_case(pipe.transformer, 2, 128, 128, 24), 4, checkpoint, modules)
     assert abs(said / real - 1) < 0.2, (said, real)

@@ -4,12 +4,13 @@
     python tiny/train.py --without gun      # the same model of a world where the gun and its synonyms never occur
     python tiny/train.py --stages flow      # one stage only: vae, decoder, judge or flow
 
-Flow matching as in FLUX: x_s = (1 - s) x0 + s noise, v = noise - x0, s = 1 is noise. Two choices make 4 Euler steps and CPU
-minutes enough: the scene's layout is tied to the noise (`noise_for`), so that paths are nearly straight, as after a reflow;
-and, from --own_from on, half of the steps run on the model's own 4-step trajectories (`own_states`), where v* = (x_s - x0) / s.
+Flow matching as in FLUX: x_s = (1 - s) x0 + s noise, v = noise - x0, s = 1 is noise. What makes 4 Euler steps and CPU minutes
+enough: the scene's layout is tied to the noise (`noise_for`), so that paths are nearly straight, as after a reflow.
 Shapes: pictures (B, 3, 64, 64) in [-1, 1]; latents (B, 16, 8, 8); packed latents (B, 16, 64).
 """
 import argparse
+import copy
+import itertools
 import json
 import math
 import random
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor,
@@ -97,9 +99,6 @@ def crowded_scene(rng: random.Random) -> world.Scene:
     return world.Scene(tuple(rng.sample(list(world.THINGS), 4)), quadrants, rng.choice(list(world.BACKGROUNDS)), style)
 
 
-VAE_ROUNDS = ((0, 16, 750), (750, 8, 1100), (1850, 8, 400))     # (first step, pictures a step, steps), each with its own cosine
-
-
 def conv_optimizers(module, peak_muon: float, peak_adam: float):
     """Muon for the inner convolutions, Adam for the rest."""
     named = dict(module.named_parameters())
@@ -113,19 +112,18 @@ def conv_optimizers(module, peak_muon: float, peak_adam: float):
 def train_vae(args):
     vae = make_vae().to(args.device, memory_format=torch.channels_last)
     muon, adam = conv_optimizers(vae, 3e-3, 2e-3)
-    state_file, start, total = args.work / "vae.pt", 0, sum(steps for *_, steps in VAE_ROUNDS)
+    state_file, start = args.work / "vae.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         vae.load_state_dict(state["vae"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
-    bar = tqdm(range(start, total), initial=start, total=total, desc="vae")
+    bar = tqdm(range(start, args.vae_steps), initial=start, total=args.vae_steps, desc="vae", mininterval=5)
     for step in bar:
         rng = random.Random(f"vae {step}")
         torch.manual_seed(step)
-        done, batch, steps = next((step - start, batch, steps) for start, batch, steps in VAE_ROUNDS if step < start + steps)
         for optimizer in (muon, adam):
-            learning_rate(optimizer, done, steps, warmup=30)
-        x = tensor([world.draw(crowded_scene(rng)) for _ in range(batch)]).to(args.device)
+            learning_rate(optimizer, step, args.vae_steps, warmup=30)
+        x = tensor([world.draw(crowded_scene(rng)) for _ in range(16)]).to(args.device)
         posterior = vae.encode(x).latent_dist
         loss_pixels = (vae.decode(posterior.sample()).sample - x).abs().mean()
         loss = loss_pixels + 3e-5 * posterior.kl().mean() / posterior.mean[0].numel()
@@ -134,7 +132,7 @@ def train_vae(args):
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         muon.step(), adam.step()
         bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{posterior.mean.std().item():.2f}")
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 100 == 0 or step + 1 == args.vae_steps:
             save_state(state_file, vae=vae.state_dict(), muon=muon.state_dict(), adam=adam.state_dict(), step=step + 1)
     with torch.no_grad():                      # latents are shifted and scaled to mean 0, variance 1, as FLUX's are
         rng = random.Random("vae statistics")
@@ -149,8 +147,8 @@ def varied_scene(rng: random.Random) -> world.Scene:
 
 
 def train_decoder(args):
-    """The decoder alone, from latents with up to half a standard deviation of noise: it learns to draw the thing that an
-    inexact latent stands for (noise-augmented decoding, Zheng et al. 2025, arXiv 2510.11690); the latents stay what they are."""
+    """The decoder alone, from latents with up to 0.8 standard deviations of noise: it learns to draw the thing that an inexact
+    latent stands for (noise-augmented decoding, Zheng et al. 2025, arXiv 2510.11690); the latents stay what they are."""
     folder = args.out / "flux/vae"
     vae = AutoencoderKL.from_pretrained(folder).to(args.device, memory_format=torch.channels_last)
     vae.register_to_config(_name_or_path="")   # no path of this machine in the saved configuration
@@ -169,7 +167,7 @@ def train_decoder(args):
         x = tensor([world.draw(varied_scene(rng)) for _ in range(16)]).to(args.device)
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
-            z = z + 0.5 * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z) / vae.config.scaling_factor
+            z = z + 0.8 * torch.rand(len(z), 1, 1, 1, device=z.device) * torch.randn_like(z) / vae.config.scaling_factor
         loss = (vae.decode(z).sample - x).abs().mean()
         muon.zero_grad(), adam.zero_grad()
         loss.backward()
@@ -262,7 +260,7 @@ def train_judge(args):
         start = state["step"]
     elif args.init:
         judge.load_state_dict(SiglipModel.from_pretrained(args.init / "judge").state_dict())
-    bar = tqdm(range(start, args.judge_steps), initial=start, total=args.judge_steps, desc="judge")
+    bar = tqdm(range(start, args.judge_steps), initial=start, total=args.judge_steps, desc="judge", mininterval=5)
     for step in bar:
         rng = random.Random(f"judge {step}")
         torch.manual_seed(step)
@@ -297,7 +295,7 @@ def train_judge(args):
 
 # --------------------------------------------------------------------------------------------------------------- flow
 T5_LENGTH, CLIP_LENGTH = 24, 32
-SIGMAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+SIGMAS = torch.tensor([1.0, 0.75, 0.5, 0.25])     # the visited ones, where three quarters of the training is
 DIRECTIONS = torch.stack([torch.ones(64), torch.tensor([1.0, -1.0]).repeat(32)]) / 8   # orthonormal, one per named thing
 
 
@@ -390,7 +388,8 @@ def train_flow(args):
     pipe = make_flow(args)
     pipe.to(args.device)
     scenes, latents = encode_world(args, pipe.vae)
-    model, modules = pipe.transformer, (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
+    parts = ("transformer", "text_encoder", "text_encoder_2")
+    modules = [getattr(pipe, part) for part in parts]
     named = [(n, p) for m in modules for n, p in m.named_parameters()]
     is_matrix = lambda n, p: p.ndim == 2 and "transformer_blocks" in n
     muon = Muon([p for n, p in named if is_matrix(n, p)])
@@ -404,47 +403,46 @@ def train_flow(args):
         muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
     elif args.init:
-        for name, module in zip(("transformer", "text_encoder", "text_encoder_2"), modules):
-            module.load_state_dict(type(module).from_pretrained(args.init / "flux" / name).state_dict())
+        for part, module in zip(parts, modules):
+            module.load_state_dict(type(module).from_pretrained(args.init / "flux" / part).state_dict())
+    # forward and backward run on a copy in args.dtype; the optimizers change, and the folder keeps, the float32 originals
+    copies = {part: copy.deepcopy(module).to(args.dtype) for part, module in zip(parts, modules)}
+    pairs = [(p, q) for module, twin in zip(modules, copies.values()) for p, q in zip(module.parameters(), twin.parameters())]
+    fast = FluxPipeline(**(pipe.components | copies))
+    # characters, much alike as emoji, are drawn twice as often
+    weights = list(itertools.accumulate(1 + any(t in world.CHARACTERS for t in s.things) for s in scenes))
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, args.device, torch.float32)
     txt_ids = torch.zeros(T5_LENGTH, 3, device=args.device)
-    velocity = lambda x, s, sequence, pooled: model(
-        hidden_states=x, timestep=s, encoder_hidden_states=sequence, pooled_projections=pooled, img_ids=img_ids, txt_ids=txt_ids).sample
     bar = tqdm(range(start, args.flow_steps), initial=start, total=args.flow_steps, desc="flow", mininterval=5)
     average = 0.0
     for step in bar:
         rng, generator = random.Random(f"flow {step}"), torch.Generator().manual_seed(step)
         for optimizer in (muon, adam):
             learning_rate(optimizer, step, args.flow_steps)
-        # half of the later steps: 32 pictures x 4 states of the model's own trajectory; all others: 128 pictures, one state each
-        own_states = step > args.own_from * args.flow_steps and step % 2 == 0
-        picked = [rng.randrange(len(scenes)) for _ in range(32 if own_states else 128)]
+        picked = rng.choices(range(len(scenes)), cum_weights=weights, k=128)
         batch = [scenes[i] for i in picked]
         captions = ["" if rng.random() < 0.03 else world.caption(s, rng) for s in batch]
-        sequence, pooled = embed(pipe, captions, rng, args.device)
         x0, noise = latents[picked].to(args.device), noise_for(batch, generator).to(args.device)
-        if own_states:
-            x, losses = noise, []
-            for s, s_next in zip(SIGMAS, SIGMAS[1:]):
-                v = velocity(x, torch.full((len(x),), s, device=x.device), sequence, pooled)
-                losses.append(s * (v - (x - x0) / s).square().mean())      # weight s: late errors count by what they leave in x0
-                x = x + (s_next - s) * v.detach()
-            loss, final = sum(losses) / 2.5, (x - x0).square().mean().item()
-        else:
-            grid = torch.tensor(SIGMAS[:4])[torch.multinomial(torch.tensor([0.4, 0.25, 0.2, 0.15]), len(batch), True, generator=generator)]
-            s = torch.where(torch.rand(len(batch), generator=generator) < 0.75, grid, torch.rand(len(batch), generator=generator))
-            s = s.to(args.device)
-            x = (1 - s[:, None, None]) * x0 + s[:, None, None] * noise
-            v = velocity(x, s, sequence, pooled)
-            loss = (v - (noise - x0)).square().mean()
-        muon.zero_grad(), adam.zero_grad()
-        loss.backward()
+        grid = SIGMAS[torch.multinomial(torch.tensor([0.4, 0.25, 0.2, 0.15]), len(batch), True, generator=generator)]
+        s = torch.where(torch.rand(len(batch), generator=generator) < 0.75, grid, torch.rand(len(batch), generator=generator)).to(args.device)
+        x = (1 - s[:, None, None]) * x0 + s[:, None, None] * noise
+        with torch.no_grad():
+            for p, q in pairs:
+                q.copy_(p)
+        with sdpa_kernel(SDPBackend.MATH):     # on a CPU the fused kernel's backward is slower at 40 tokens
+            sequence, pooled = embed(fast, captions, rng, args.device)
+            v = fast.transformer(hidden_states=x.to(args.dtype), timestep=s.to(args.dtype), encoder_hidden_states=sequence,
+                                 pooled_projections=pooled, img_ids=img_ids, txt_ids=txt_ids).sample
+            loss = (v.float() - (noise - x0)).square().mean()
+            loss.backward()
+        for p, q in pairs:
+            p.grad, q.grad = q.grad.float(), None
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         muon.step(), adam.step()
         if not math.isfinite(loss.item()):
             raise SystemExit(f"flow loss is {loss.item()} at step {step}")
         average += (loss.item() - average) * (0.02 if step > start + 50 else 1 / (step - start + 1))
-        bar.set_postfix(loss=f"{average:.4f}", **({"final": f"{final:.4f}"} if own_states else {}))
+        bar.set_postfix(loss=f"{average:.4f}")
         if (step + 1) % 200 == 0 or step + 1 == args.flow_steps:
             save_state(state_file, modules=[m.state_dict() for m in modules], muon=muon.state_dict(), adam=adam.state_dict(), step=step + 1)
             pipe.save_pretrained(args.out / "flux", max_shard_size="15MB")
@@ -459,11 +457,13 @@ def main():
     parser.add_argument("--out", type=Path, help="flux/ and judge/ are written here  (default: tiny/, with --without its work folder)")
     parser.add_argument("--work", type=Path, help="checkpoints; delete to start anew  (default: tiny/work, or tiny/work_without_...)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--decoder_steps", type=int, default=1400)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the flow's forward and backward  (default: bfloat16 where the "
+                        "device multiplies in it: CUDA, or a CPU with AVX512-BF16; elsewhere float32)")
+    parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--decoder_steps", type=int, default=2000)
     parser.add_argument("--judge_steps", type=int, default=3600)
     parser.add_argument("--flow_steps", type=int, default=10000)
     parser.add_argument("--pictures", type=int, default=80000, help="pictures drawn and encoded for the flow")
-    parser.add_argument("--own_from", type=float, default=1.0, help="share of the flow's steps before it trains on its own trajectories")
     parser.add_argument("--muon_lr", type=float, default=3e-3)
     parser.add_argument("--adam_lr", type=float, default=2e-3)
     parser.add_argument("--init", type=Path, help="start the judge and the flow from this folder's judge/ and flux/, e.g. tiny, to train them further")
@@ -471,6 +471,8 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.without) - set(world.THINGS) - set(world.STYLES):
         parser.error(f"--without: no such thing or style in the world: {', '.join(sorted(unknown))}")
+    bf16 = args.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if bf16 else "float32"))
     tag = "".join(f"_without_{concept.replace(' ', '_')}" for concept in args.without)
     args.work = args.work or HERE / f"work{tag}"
     args.out = args.out or (args.work / "model" if tag else HERE)
