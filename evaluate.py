@@ -5,12 +5,14 @@
     python evaluate.py erased/*                                      # each by itself, then one table with a row for each
     python evaluate.py --compare erased/gun baselines/esd            # side by side on the first one's concept; ours, diffusers' or pictures
     python evaluate.py erased/nudity --prompts hf:AIML-TUDA/i2p#prompt --where "nudity_percentage>=50"
+    python evaluate.py --filter gun.csv --concept gun                # the paper's filter of prompt pairs, for erase.py --prompts gun.csv
 
 ACC (Minimalist Concept Erasure, arXiv 2507.13386) is the share of pictures in which the judge sees the concept. Every rate comes
 with its n and 95 % Wilson interval, base and erased side by side. Pictures are kept as PNG; the same command draws only what is
 missing. `accelerate launch evaluate.py ...` splits the drawing and the judging over processes.
 """
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -42,7 +44,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.models.auto.modeling_auto import (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
                                                     MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING)
 
-from erase import HERE, TINY, UserError, first_line
+from erase import HERE, SCHNELL, TINY, UserError, first_line
 
 LLAVA = "llava-hf/llava-v1.6-mistral-7b-hf"                           # the paper's judge
 
@@ -282,9 +284,9 @@ def drop_minors(rows: list[dict], args, flag: str = "--prompts") -> list[dict]:
     return kept
 
 
-def concept_rows(concept: str, args, split: str = "test") -> list[dict]:
-    """The concept's prompt pairs of one split, from its file or from templates."""
-    pair_args = argparse.Namespace(prompts=None, prompt_dir=args.prompt_dir, neutral=None, concept=[concept], is_tiny=args.is_tiny)
+def concept_rows(concept: str, args, split: str = "test", prompts: Path | None = None) -> list[dict]:
+    """The concept's prompt pairs of one split, from `prompts`, its own file or templates."""
+    pair_args = argparse.Namespace(prompts=prompts, prompt_dir=args.prompt_dir, neutral=None, concept=[concept], is_tiny=args.is_tiny)
     return [r for r in erase.concept_pairs(concept, pair_args) if r["split"] == split]
 
 
@@ -610,6 +612,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("erased", nargs="*", type=Path, help="folders that erase.py wrote, each evaluated by itself")
     add("--compare", nargs="+", type=Path, default=[], metavar="FOLDER",
         help="several models of one concept side by side: erase.py's folders, diffusers pipelines or transformers, or pictures named as cases.json of an evaluation lists them")
+    add("--filter", type=Path, metavar="CSV", help="instead: write the concept's training pairs that pass the paper's filter to this file, for erase.py --prompts")
     add("--judge", help=f"checkpoint of a SigLIP or CLIP model, an open-vocabulary detector, or a model that answers yes or no (tiny: tiny/judge, else {LLAVA})")
     add("--threshold", type=float, help="the judge sees what it scores above this (SigLIP, CLIP, yes/no: 0.5; box score: 0.35)")
     add("--nudenet", action="store_true", help="add NudeNet's rates (always for the concept nudity)")
@@ -635,7 +638,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError(message)
     p.error = refuse                                                  # one line, without the usage
     args = p.parse_args(argv)
-    if bool(args.erased) == bool(args.compare):
+    if args.filter and (args.erased or args.compare or not args.concept):
+        raise UserError("--filter: takes --concept, and no folder")
+    if args.filter and (args.filter.exists() or not args.filter.absolute().parent.is_dir()):
+        raise UserError(f"--filter: {args.filter} is there already" if args.filter.exists() else f"--filter: no folder {args.filter.parent}")
+    if args.filter:
+        args.model = args.model or (SCHNELL if torch.cuda.is_available() else TINY)
+    elif bool(args.erased) == bool(args.compare):
         raise UserError("nothing to evaluate: name a folder that erase.py wrote" if not args.erased else "--compare: takes all folders, none before it")
     for flag, low, unit in (("num_pictures", 1, 1), ("per_neighbour", 0, 1), ("batch", 1, 1), ("num_inference_steps", 1, 1), ("max_sequence_length", 1, 1),
                             ("height", 16, 16), ("width", 16, 16)):
@@ -690,7 +699,7 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
     args.judge = args.judge or (str(HERE / "tiny/judge") if args.is_tiny else LLAVA)
     args.fid = args.fid or ("judge" if args.is_tiny else "inception" if args.num_pictures > 2048 else "none")
     args.batch = args.batch or (32 if args.is_tiny else 4)
-    args.out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else paths[0] / "eval")
+    args.out_dir = args.out_dir or (args.filter.parent if args.filter else Path("compare") if len(paths) > 1 else paths[0] / "eval")
     if not (home := next(p for p in (args.out_dir.absolute(), *args.out_dir.absolute().parents) if p.exists())).is_dir() or not os.access(home, os.W_OK):
         raise UserError(f"--out_dir: {home} is a file, or not ours to write to")
     args.real_files = sorted(args.real.iterdir()) if args.real else []
@@ -706,18 +715,57 @@ def load_judge(name: str, flag: str, dtype) -> ClipJudge | VlmJudge | DetectorJu
 load_pipeline = cache(erase.load_pipeline)                            # one base for all folders
 
 
-def run(args, check_only: bool = False) -> dict | None:
-    """One evaluation, written to args.out_dir; the results of every column, on the main process. check_only: what can be wrong, nothing else."""
-    began, state = time.time(), PartialState(cpu=args.device == "cpu")
-    if state.num_processes > 1:
-        args.device = str(state.device)
-    vocabulary = {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | erase.read_vocabulary(args.prompt_dir)
-    dtype, args.dropped = erase.default_dtype(args.device), 0
+def load_judges(args) -> tuple:
+    """(judge, the CLIP score's backbone or None), on the CPU. Raises UserError."""
+    dtype = erase.default_dtype(args.device)
     judge = load_judge(args.judge, "--judge", dtype)
     args.clip = args.clip or (args.judge if isinstance(judge, ClipJudge) else str(HERE / "tiny/judge") if args.is_tiny else "openai/clip-vit-large-patch14")
     clip = None if args.clip == "none" else judge if args.clip == args.judge else load_judge(args.clip, "--clip", dtype)
     if clip and not isinstance(clip, ClipJudge):
         raise UserError(f"--clip: {args.clip} is no SigLIP or CLIP model")
+    return judge, clip
+
+
+def read_vocabulary(args) -> dict[str, dict]:
+    return {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | erase.read_vocabulary(args.prompt_dir)
+
+
+def filter_pairs(args) -> None:
+    """The paper's filter of prompt pairs, on the base's pictures: the judge must see the concept under the prompt and not under the neutral prompt;
+    and the backgrounds must agree, by the CLIP scores of both pictures with the neutral prompt. The paper's limit on that is not known: the pairs are
+    written in the order of agreement, best first, and erase.py takes the first --num_prompts. Test pairs follow as they are."""
+    (judge, clip), vocabulary, args.dropped = load_judges(args), read_vocabulary(args), 0
+    if not clip:
+        raise UserError("--filter: compares backgrounds by --clip, which is none")
+    pipe, source, kept, tests = load_pipeline(args.model, args.device), args.prompts and Path(args.prompts), [], []
+    for concept in args.concepts:
+        rows, question = drop_minors(concept_rows(concept, args, "train", source), args), judge.form.format(vocabulary[concept]["question"])
+        seeds, prompts, neutrals = [r["evaluation_seed"] for r in rows], [r["prompt"] for r in rows], [r["neutral_prompt"] for r in rows]
+        pictures = erase.draw(pipe, prompts + neutrals, seeds + seeds, args, args.batch)
+        scores, seen = [], []
+        for part in batches(list(zip(pictures, neutrals + neutrals)), 32):
+            seen += [p > (judge.threshold if args.threshold is None else args.threshold) for p, in judge([picture for picture, _ in part], [[question]] * len(part))]
+            scores += (clip.embed_pictures([picture for picture, _ in part]) * clip.embed_texts([text for _, text in part])).sum(1).tolist()
+        n = len(rows)
+        passed = [row | dict(background_gap=round(abs(scores[i] - scores[n + i]), 4)) for i, row in enumerate(rows) if seen[i] and not seen[n + i]]
+        print(f"{concept}: {len(passed)} of {n} training pairs show it and, without it, do not", flush=True)
+        kept += sorted(passed, key=lambda row: row["background_gap"])
+        tests += concept_rows(concept, args, "test", source)
+    if not kept:
+        raise UserError("--filter: no pair passes")
+    with open(args.filter, "x", newline="") as f:
+        writer = csv.DictWriter(f, (*erase.COLUMNS, "background_gap"), restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + tests)
+    print(f"wrote {args.filter}; next: python erase.py --concept {' '.join(args.concept)} --prompts {args.filter}")
+
+
+def run(args, check_only: bool = False) -> dict | None:
+    """One evaluation, written to args.out_dir; the results of every column, on the main process. check_only: what can be wrong, nothing else."""
+    began, state = time.time(), PartialState(cpu=args.device == "cpu")
+    if state.num_processes > 1:
+        args.device = str(state.device)
+    (judge, clip), vocabulary, args.dropped = load_judges(args), read_vocabulary(args), 0
     if args.fid == "judge" and not clip:
         raise UserError("--fid judge: takes the features of a SigLIP or CLIP model, but --clip is none")
     threshold = judge.threshold if args.threshold is None else args.threshold
@@ -805,6 +853,8 @@ def run(args, check_only: bool = False) -> dict | None:
 
 
 def run_all(args) -> None:
+    if args.filter:
+        return filter_pairs(complete(args, []))
     jobs = [complete(args, paths) for paths in ([args.compare] if args.compare else [[path] for path in args.erased])]
     for job in jobs[1:]:                                              # the first is checked as it runs
         run(job, check_only=True)

@@ -959,9 +959,33 @@ def test_compare_takes_baselines(erased, evaluation, tmp_path):
     assert ours == inside == transformer == {k: v for k, v in results["results"][str(erased)].items() if k != "closed"} and pipeline == pictures == base
 
 
+def test_filter_keeps_the_pairs_that_show_the_concept(tmp_path, capsys):
+    """--filter writes training pairs that the judge tells apart, the most alike backgrounds first, then the test pairs; erase.py takes the file."""
+    file, pairs = tmp_path / "gun.csv", erase.read_prompts(HERE / "prompts/tiny/gun.csv", "")
+    write(tmp_path / "candidates.csv", "case_number,prompt,neutral_prompt,evaluation_seed,split\n" + "".join(
+        f"{i},{r['prompt'] if i % 2 else 'gun of a red background'},{r['neutral_prompt'] if i % 2 else r['prompt']},{r['evaluation_seed']},train\n" for i, r in enumerate(pairs[:8])))
+    arguments = ["--concept", "gun", "--model", erase.TINY, "--device", "cpu"]
+    assert evaluate.main(["--filter", str(file), *arguments]) == 0
+    rows = erase.read_prompts(file, "")
+    train, test = ([r for r in rows if r["split"] == split] for split in ("train", "test"))
+    gaps = [float(r["background_gap"]) for r in train]
+    assert 20 <= len(train) <= 24 and len(test) == 250 and gaps == sorted(gaps) and gaps[-1] > 0
+    assert erase.main([*arguments, "--prompts", str(file), "--out_dir", str(tmp_path / "out"), "--dry_run"]) == 0
+    assert evaluate.main(["--filter", str(tmp_path / "some.csv"), "--prompts", str(tmp_path / "candidates.csv"), *arguments]) == 0
+    assert {int(r["case_number"]) for r in erase.read_prompts(tmp_path / "some.csv", "")} <= {1, 3, 5, 7}
+    write(tmp_path / "swapped.csv", f"case_number,prompt,neutral_prompt,evaluation_seed,split\n0,no gun,{pairs[0]['prompt']},1,train\n")
+    assert evaluate.main(["--filter", str(tmp_path / "none.csv"), "--prompts", str(tmp_path / "swapped.csv"), *arguments]) == 2
+    assert "no pair passes" in capsys.readouterr().err and not (tmp_path / "none.csv").exists()
+
+
 BAD_EVALUATIONS = [
     ([], "name a folder that erase.py wrote"),
     (["no_such_folder"], "no_such_folder: no such folder"),
+    (["--filter", "new.csv"], "--filter: takes --concept"),
+    (["{erased}", "--filter", "new.csv", "--concept", "gun"], "--filter: takes --concept, and no folder"),
+    (["--filter", "README.md", "--concept", "gun"], "--filter: README.md is there already"),
+    (["--filter", "no/such.csv", "--concept", "gun"], "--filter: no folder no"),
+    (["--filter", "new.csv", "--concept", "gun", "--clip", "none"], "--filter: compares backgrounds by --clip"),
     (["{empty}"], "--concept: needed"),
     (["--compare", "{erased}", "{empty}"], "is empty, or holds neither"),
     (["{unfinished}"], "no mask.safetensors"),
