@@ -473,9 +473,9 @@ LIBRARIES = dict(fp8="torchao", nf4="bitsandbytes")
 
 
 def step_counts(args) -> list[int]:
-    """Numbers of sampling steps, of which each optimiser step takes one. differs from paper: --robust adds others that users may ask for."""
+    """Numbers of sampling steps, of which each optimiser step takes one. differs from paper: --robust steps adds others that users may ask for."""
     n = args.num_inference_steps
-    return [1, 2, n, 2 * n] if "steps" in args.robust else [n]
+    return sorted({1, 2, n, 2 * n}) if "steps" in args.robust else [n]
 
 
 def free_memory(device) -> int:
@@ -633,7 +633,7 @@ def concept_pairs(concept: str, args) -> list[dict]:
     file = args.prompts or args.prompt_dir / f"{concept.lower().replace(' ', '_')}.csv"
     if args.prompts or (file.is_file() and args.neutral is None):
         rows = read_prompts(file, "--prompts" if args.prompts else "--concept")
-        if args.prompts and not any(mentions(concept, row["prompt"]) for row in rows):
+        if args.prompts and concept != "nudity" and not any(mentions(concept, row["prompt"]) for row in rows):      # which no one calls by its name
             raise UserError(f"--concept: {concept!r} occurs in no prompt of {file}")
         return [row for row in rows if mentions(concept, row["prompt"])] if args.prompts and len(args.concept) > 1 else rows
     neutral = ("nothing" if args.is_tiny else "") if args.neutral is None else args.neutral
@@ -650,7 +650,7 @@ def train_noise(args) -> range:
     return range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
 
 
-ADVERSARY = 0.3    # radius of --robust adversary's ball, in standard deviations of the text's elements
+ADVERSARY = 0.3    # how far --robust adversary moves a text
 
 
 class Cases:
@@ -692,15 +692,15 @@ class Cases:
         is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
         return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
 
-    def errors(self, gates, cases, micro_batch: int, backward: bool = False, num_inference_steps: int | None = None, adversary=None) -> torch.Tensor:
-        """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates."""
+    def errors(self, gates, cases, micro_batch: int, backward: bool = False, num_inference_steps: int | None = None, attack=False) -> torch.Tensor:
+        """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates; `attack`: on attacked concept prompts."""
         transformer, errors, n = self.pipe.transformer, [], num_inference_steps or self.args.num_inference_steps
         noise, text, target, is_concept = self.batch(cases, n, self.base_text)
         for i in range(0, len(cases), micro_batch):
             part = slice(i, i + micro_batch)
             x, words = noise[part], tuple(t[part] for t in text)
-            if adversary and is_concept[part].any():
-                words[0][is_concept[part]] = self.attacked(gates, [c for c in cases[part] if c[0] < self.num_pairs], n, adversary)
+            if attack and (k := sum(case < self.num_pairs for case, _ in cases[part])):            # concept cases come first
+                words[0][:k] = self.attacked(gates, cases[part][:k], n)
             with gated(transformer, gates):
                 if backward:
                     loss_of_final = lambda final: objective(squared_errors(final, target[part]), is_concept[part], self.args)[2]
@@ -710,17 +710,14 @@ class Cases:
             errors.append(squared_errors(final, target[part]).detach())
         return torch.cat(errors).cpu()                             # read once: nothing waits for the GPU in between
 
-    def attacked(self, gates, cases, num_inference_steps: int, generator) -> torch.Tensor:
-        """T5 sequences (B, L, D) of concept cases, moved from a random start by one signed step, within a ball, towards the picture that the base
-        draws for the same prompt: the fast attack in the loop of AdvUnlearn (Zhang et al. 2024, arXiv 2405.15234), on the final latents."""
+    def attacked(self, gates, cases, num_inference_steps: int) -> torch.Tensor:
+        """T5 sequences (B, L, D) of concept cases, each element moved by ADVERSARY of its text's standard deviation towards the picture that the base
+        draws for the prompt. differs from paper: an attack in the loop, as AdvUnlearn's fast one (Zhang et al. 2024, arXiv 2405.15234), on the final latents."""
         noise, (sequence, pooled), target, _ = self.batch(cases, num_inference_steps, self.text)
-        radius = ADVERSARY * sequence.square().mean().sqrt()
-        offset = radius * (2 * torch.rand(sequence.shape, generator=generator) - 1).to(sequence)
-        moved = (sequence + offset).requires_grad_()
         with gated(self.pipe.transformer, {site: g.detach() for site, g in gates.items()}):
-            rollout_backward(self.pipe.transformer, noise, (moved, pooled), self.sigmas[num_inference_steps], self.grid,
+            rollout_backward(self.pipe.transformer, noise, (sequence.requires_grad_(), pooled), self.sigmas[num_inference_steps], self.grid,
                              lambda final: squared_errors(final, target).sum(), self.args.checkpoint)
-        return sequence + (offset - 2 * radius * moved.grad.sign()).clamp(-radius, radius)
+        return (sequence - ADVERSARY * sequence.std((1, 2), keepdim=True) * sequence.grad.sign()).detach()
 
 
 def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str, torch.Tensor]:
@@ -763,9 +760,9 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
         chosen = cases.sample(rng, args.batch, args.retain_batch, train_noise(args), latest, args.hard)
         num_inference_steps = rng.choice(step_counts(args))
-        adversary = torch.Generator().manual_seed(args.seed * 1_000_003 + step) if "adversary" in args.robust and step % 2 else None
+        attack = "adversary" in args.robust and step % 2 == 1
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
-        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps, adversary)
+        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps, attack)
         errors, gradients = reduce([errors.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
         errors = errors.cpu()
         erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
@@ -778,7 +775,8 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         optimizer.zero_grad()
         torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() - foresight * harm.get(site, 0) for site in relaxed])
         optimizer.step()
-        latest[[case for case, _ in chosen]] = errors
+        if num_inference_steps == args.num_inference_steps and not attack:        # else they are of another size
+            latest[[case for case, _ in chosen]] = errors
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
             [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
         threshold = closing_threshold(gate_logits, args.max_closed)
@@ -996,16 +994,18 @@ def prepare(args) -> tuple:
     check_args(args)
     rows = [concept_pairs(concept, args) for concept in args.concept]
     pairs = [r for part in rows for r in [r for r in part if r["split"] == "train"][:args.num_prompts]]
-    if "synonyms" in args.robust:                                  # the same prompts with other words for the concept
-        vocabulary = read_vocabulary(args.prompt_dir)
-        pairs += [r | dict(prompt=renamed) for c in args.concept for word in vocabulary.get(c.replace("_", " ").lower(), {}).get("synonyms", ())
-                  for r in pairs if (renamed := rename(r["prompt"], c.replace("_", " "), word)) != r["prompt"]]
+    vocabulary = read_vocabulary(args.prompt_dir) if "synonyms" in args.robust else {}
+    words = {c: vocabulary.get(c.lower(), {}).get("synonyms", ()) for c in (c.replace("_", " ") for c in args.concept)}
+    renamed = [r | dict(prompt=prompt) for c in words for word in words[c] for r in pairs if (prompt := rename(r["prompt"], c, word)) != r["prompt"]]
+    pairs += renamed                                               # differs from paper: the same prompts with other words for the concept
     tests = [r for part in rows for r in part if r["split"] == "test"] or pairs
     file = args.retain or args.prompt_dir / "retain.csv"
     retain = [r for r in read_prompts(file, "--retain", ("prompt", "evaluation_seed", "split")) if not any(mentions(c, r["prompt"]) for c in args.concept)]
     retain, retain_tests = ([r for r in retain if r["split"] == split] for split in ("train", "test"))
     if not pairs:
         raise UserError(f"--{'prompts' if args.prompts else 'concept'}: no training pairs")
+    if "synonyms" in args.robust and not renamed:
+        raise UserError(f"--robust: {args.prompt_dir / 'vocabulary.csv'} has no synonyms for {', '.join(args.concept)}, or no training prompt holds the name")
     if not retain:
         raise UserError(f"--retain: {file} has no training prompt without the concept")
     try:

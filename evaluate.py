@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 import time
@@ -638,8 +639,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError(message)
     p.error = refuse                                                  # one line, without the usage
     args = p.parse_args(argv)
-    if args.filter and (args.erased or args.compare or not args.concept):
-        raise UserError("--filter: takes --concept, and no folder")
+    if args.filter and (args.erased or args.compare or args.where or len(args.concept or ()) != 1):
+        raise UserError("--filter: takes one --concept, no folder and no --where")
     if args.filter and (args.filter.exists() or not args.filter.absolute().parent.is_dir()):
         raise UserError(f"--filter: {args.filter} is there already" if args.filter.exists() else f"--filter: no folder {args.filter.parent}")
     if args.filter:
@@ -734,30 +735,37 @@ def filter_pairs(args) -> None:
     """The paper's filter of prompt pairs, on the base's pictures: the judge must see the concept under the prompt and not under the neutral prompt;
     and the backgrounds must agree, by the CLIP scores of both pictures with the neutral prompt. The paper's limit on that is not known: the pairs are
     written in the order of agreement, best first, and erase.py takes the first --num_prompts. Test pairs follow as they are."""
-    (judge, clip), vocabulary, args.dropped = load_judges(args), read_vocabulary(args), 0
+    (judge, clip), (concept,), args.dropped = load_judges(args), args.concepts, 0
     if not clip:
         raise UserError("--filter: compares backgrounds by --clip, which is none")
-    pipe, source, kept, tests = load_pipeline(args.model, args.device), args.prompts and Path(args.prompts), [], []
-    for concept in args.concepts:
-        rows, question = drop_minors(concept_rows(concept, args, "train", source), args), judge.form.format(vocabulary[concept]["question"])
-        seeds, prompts, neutrals = [r["evaluation_seed"] for r in rows], [r["prompt"] for r in rows], [r["neutral_prompt"] for r in rows]
-        pictures = erase.draw(pipe, prompts + neutrals, seeds + seeds, args, args.batch)
-        scores, seen = [], []
-        for part in batches(list(zip(pictures, neutrals + neutrals)), 32):
-            seen += [p > (judge.threshold if args.threshold is None else args.threshold) for p, in judge([picture for picture, _ in part], [[question]] * len(part))]
-            scores += (clip.embed_pictures([picture for picture, _ in part]) * clip.embed_texts([text for _, text in part])).sum(1).tolist()
-        n = len(rows)
-        passed = [row | dict(background_gap=round(abs(scores[i] - scores[n + i]), 4)) for i, row in enumerate(rows) if seen[i] and not seen[n + i]]
-        print(f"{concept}: {len(passed)} of {n} training pairs show it and, without it, do not", flush=True)
-        kept += sorted(passed, key=lambda row: row["background_gap"])
-        tests += concept_rows(concept, args, "test", source)
+    if PartialState().num_processes > 1:
+        raise UserError("--filter: runs in one process")
+    source = args.prompts and Path(args.prompts)
+    rows, tests = (part and drop_minors(part, args) for part in (concept_rows(concept, args, split, source) for split in ("train", "test")))
+    if not rows:
+        raise UserError("--filter: no training pairs")
+    prompts, neutrals, seeds = ([r[column] for r in rows] for column in ("prompt", "neutral_prompt", "evaluation_seed"))
+    if not all(neutrals):
+        raise UserError("--filter: a neutral prompt is empty, so that there is no background to compare")
+    pictures = erase.draw(load_pipeline(args.model, args.device), prompts + neutrals, seeds + seeds, args, args.batch)
+    question, threshold = judge.form.format(read_vocabulary(args)[concept]["question"]), judge.threshold if args.threshold is None else args.threshold
+    seen, scores = [], []
+    for each in (judge, clip):
+        each.model.to(args.device)
+    for part in batches(list(zip(pictures, neutrals + neutrals)), 32):
+        shown, texts = zip(*part)
+        seen += [p for p, in judge(list(shown), [[question]] * len(part))]
+        scores += (clip.embed_pictures(list(shown)) * clip.embed_texts(list(texts))).sum(1).tolist()
+    n = len(rows)
+    kept = [row | dict(background_gap=round(abs(scores[i] - scores[n + i]), 4)) for i, row in enumerate(rows) if seen[i] > threshold >= seen[n + i]]
+    print(f"{len(kept)} of {n} training pairs show {concept} under the prompt and not under the neutral one; {args.dropped} prompts about minors dropped", flush=True)
     if not kept:
         raise UserError("--filter: no pair passes")
     with open(args.filter, "x", newline="") as f:
         writer = csv.DictWriter(f, (*erase.COLUMNS, "background_gap"), restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + tests)
-    print(f"wrote {args.filter}; next: python erase.py --concept {' '.join(args.concept)} --prompts {args.filter}")
+        writer.writerows(sorted(kept, key=lambda row: row["background_gap"]) + tests)
+    print(f"wrote {args.filter}; next: {shlex.join(['python', 'erase.py', '--concept', *args.concept, '--model', args.model, '--prompts', str(args.filter)])}")
 
 
 def run(args, check_only: bool = False) -> dict | None:

@@ -128,18 +128,20 @@ def test_each_step_count_has_its_own_base_outputs(pipe):
 
 
 def test_the_attack_in_the_loop_brings_the_concept_nearer(pipe):
-    """--robust adversary moves concept prompts within its ball and towards the base's own picture of them; retain prompts stay where they are."""
+    """--robust adversary moves concept prompts towards the base's own picture of them, and leaves retain prompts where they are, in any micro-batch."""
     args = erase.parse_args(["--concept", "gun", "--model", erase.TINY])
-    cases = erase.Cases(pipe, [dict(prompt="a gun on a red background", neutral_prompt="nothing on a red background")], [dict(prompt="a dog")], args)
-    gates, chosen, generator = random_mask(pipe.transformer), [(0, seed) for seed in range(8)], torch.Generator().manual_seed(0)
+    cases = erase.Cases(pipe, [dict(prompt=f"a gun on {bg} background", neutral_prompt=f"nothing on {bg} background") for bg in ("a red", "an orange")],
+                        [dict(prompt="a dog")], args)
+    gates, chosen = random_mask(pipe.transformer), [(i % 2, seed) for i in range(2) for seed in range(8)]
     noise, (sequence, pooled), target, _ = cases.batch(chosen, 4, cases.text)
-    moved = cases.attacked(gates, chosen, 4, generator)
-    assert ((moved - sequence).abs() <= 1.001 * erase.ADVERSARY * sequence.square().mean().sqrt()).all() and (moved != sequence).all()
+    moved = cases.attacked(gates, chosen, 4)
+    assert torch.allclose((moved - sequence).abs(), erase.ADVERSARY * sequence.std((1, 2), keepdim=True).expand_as(sequence), rtol=1e-3)
     with erase.gated(pipe.transformer, gates):
         distance = lambda words: erase.squared_errors(erase.rollout(pipe.transformer, noise, (words, pooled), cases.sigmas[4], cases.grid)[-1], target).mean()
         assert distance(moved) < 0.9 * distance(sequence)
-    errors = lambda adversary: cases.errors(gates, [(0, 1), (1, 1)], 1, adversary=adversary)
-    assert (errors(generator) == errors(None)).tolist() == [False, True]
+    errors = lambda attack, micro_batch=3: cases.errors(gates, [(0, 1), (1, 1), (2, 1)], micro_batch, attack=attack)
+    assert (errors(True) == errors(False)).tolist() == [False, False, True]
+    assert torch.allclose(errors(True), errors(True, 1), rtol=1e-3)
 
 
 def test_harm_is_what_closing_a_gate_a_little_does(pipe):
@@ -516,6 +518,15 @@ def test_resumed_run_equals_uninterrupted_run(erased, tmp_path):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours), name
     losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (out, erased)]
     assert losses[0] == losses[1] and run(*QUICK, "--out_dir", out, "--resume").returncode == 2   # finished
+
+
+def test_robust_training_is_the_same_in_any_micro_batch(tmp_path):
+    """With all of --robust, twelve pictures at a time or five give the same losses within rounding, and others than without."""
+    losses = {}
+    for name, flags in dict(twelve=["--robust", *erase.ROBUST], five=["--micro_batch", "5", "--robust", *erase.ROBUST], plain=[]).items():
+        assert erase.main([*QUICK, "--save", "mask", *flags, "--out_dir", str(tmp_path / name)]) == 0
+        losses[name] = torch.tensor([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+    assert torch.allclose(losses["twelve"], losses["five"], rtol=1e-3) and not torch.allclose(losses["twelve"], losses["plain"], rtol=0.1), losses
 
 
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]      # accelerate launch starts one process on CPUs
@@ -963,7 +974,7 @@ def test_filter_keeps_the_pairs_that_show_the_concept(tmp_path, capsys):
     """--filter writes training pairs that the judge tells apart, the most alike backgrounds first, then the test pairs; erase.py takes the file."""
     file, pairs = tmp_path / "gun.csv", erase.read_prompts(HERE / "prompts/tiny/gun.csv", "")
     write(tmp_path / "candidates.csv", "case_number,prompt,neutral_prompt,evaluation_seed,split\n" + "".join(
-        f"{i},{r['prompt'] if i % 2 else 'gun of a red background'},{r['neutral_prompt'] if i % 2 else r['prompt']},{r['evaluation_seed']},train\n" for i, r in enumerate(pairs[:8])))
+        f"{i},{r['prompt'] if i % 2 else 'gun of a red background'},{r['neutral_prompt'] if i % 2 else r['prompt']},{r['evaluation_seed']},train\n" for i, r in enumerate(pairs[:8])) + "8,a red background,a blue background,8,train\n")
     arguments = ["--concept", "gun", "--model", erase.TINY, "--device", "cpu"]
     assert evaluate.main(["--filter", str(file), *arguments]) == 0
     rows = erase.read_prompts(file, "")
@@ -981,8 +992,8 @@ def test_filter_keeps_the_pairs_that_show_the_concept(tmp_path, capsys):
 BAD_EVALUATIONS = [
     ([], "name a folder that erase.py wrote"),
     (["no_such_folder"], "no_such_folder: no such folder"),
-    (["--filter", "new.csv"], "--filter: takes --concept"),
-    (["{erased}", "--filter", "new.csv", "--concept", "gun"], "--filter: takes --concept, and no folder"),
+    (["--filter", "new.csv"], "--filter: takes one --concept"),
+    (["{erased}", "--filter", "new.csv", "--concept", "gun"], "--filter: takes one --concept, no folder"),
     (["--filter", "README.md", "--concept", "gun"], "--filter: README.md is there already"),
     (["--filter", "no/such.csv", "--concept", "gun"], "--filter: no folder no"),
     (["--filter", "new.csv", "--concept", "gun", "--clip", "none"], "--filter: compares backgrounds by --clip"),

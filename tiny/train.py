@@ -114,9 +114,11 @@ def train_vae(args):
     muon, adam = conv_optimizers(vae, 3e-3, 2e-3)
     state_file, start = args.work / "vae.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=args.device)
         vae.load_state_dict(state["vae"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
+    if start < args.vae_steps:                 # whatever was encoded, another autoencoder did it
+        (args.work / "latents.pt").unlink(missing_ok=True)
     bar = tqdm(range(start, args.vae_steps), initial=start, total=args.vae_steps, desc="vae", mininterval=5)
     for step in bar:
         rng = random.Random(f"vae {step}")
@@ -155,7 +157,7 @@ def train_decoder(args):
     muon, adam = conv_optimizers(vae.decoder, 1.5e-3, 1.5e-3)
     state_file, start = args.work / "decoder.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=args.device)
         vae.decoder.load_state_dict(state["decoder"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
     bar, average = tqdm(range(start, args.decoder_steps), initial=start, total=args.decoder_steps, desc="decoder", mininterval=5), 0.0
@@ -255,7 +257,7 @@ def train_judge(args):
     meanings = list(texts.values())
     state_file, start = args.work / "judge.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=args.device)
         judge.load_state_dict(state["judge"]), muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
         start = state["step"]
     elif args.init:
@@ -286,7 +288,7 @@ def train_judge(args):
         if step % 20 == 0:
             recall = (logits > 0)[labels > 0].float().mean().item()
             bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}")
-        if (step + 1) % 200 == 0:
+        if (step + 1) % 200 == 0 or step + 1 == args.judge_steps:
             save_state(state_file, judge=judge.state_dict(), muon=muon.state_dict(), adam=adam.state_dict(), step=step + 1)
     judge.save_pretrained(args.out / "judge")
     tokenizer.model_max_length = JUDGE_LENGTH
@@ -397,7 +399,7 @@ def train_flow(args):
     muon.param_groups[0]["peak"], adam.param_groups[0]["peak"] = args.muon_lr, args.adam_lr
     state_file, start = args.work / "flow.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=args.device)
         for module, weights in zip(modules, state["modules"]):
             module.load_state_dict(weights)
         muon.load_state_dict(state["muon"]), adam.load_state_dict(state["adam"])
@@ -409,6 +411,8 @@ def train_flow(args):
     copies = {part: copy.deepcopy(module).to(args.dtype) for part, module in zip(parts, modules)}
     pairs = [(p, q) for module, twin in zip(modules, copies.values()) for p, q in zip(module.parameters(), twin.parameters())]
     fast = FluxPipeline(**(pipe.components | copies))
+    # the model would round 1000 s to its dtype, 750 to 752 in bfloat16
+    fast.transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda module, inputs: (1000 * s,))
     # characters, much alike as emoji, are drawn twice as often
     weights = list(itertools.accumulate(1 + any(t in world.CHARACTERS for t in s.things) for s in scenes))
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, args.device, torch.float32)
@@ -466,19 +470,21 @@ def main():
     parser.add_argument("--pictures", type=int, default=80000, help="pictures drawn and encoded for the flow")
     parser.add_argument("--muon_lr", type=float, default=3e-3)
     parser.add_argument("--adam_lr", type=float, default=2e-3)
-    parser.add_argument("--init", type=Path, help="start the judge and the flow from this folder's judge/ and flux/, e.g. tiny, to train them further")
+    parser.add_argument("--init", type=Path, help="start from this folder's judge/ and flux/, e.g. tiny, to train the judge and the flow further")
     parser.add_argument("--without", nargs="*", default=(), metavar="CONCEPT", help="leave these out of the flow's world, synonyms too")
     args = parser.parse_args()
     if unknown := set(args.without) - set(world.THINGS) - set(world.STYLES):
         parser.error(f"--without: no such thing or style in the world: {', '.join(sorted(unknown))}")
-    bf16 = args.device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16 = torch.device(args.device).type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if bf16 else "float32"))
     tag = "".join(f"_without_{concept.replace(' ', '_')}" for concept in args.without)
     args.work = args.work or HERE / f"work{tag}"
     args.out = args.out or (args.work / "model" if tag else HERE)
-    if tag and not args.init:                      # the autoencoder and the judge stay the ones that know the whole world
-        shutil.copytree(HERE / "flux/vae", args.out / "flux/vae", dirs_exist_ok=True)
-        args.stages = [stage for stage in args.stages if stage == "flow"]
+    if tag or args.init:                           # the autoencoder stays as it is, and without a concept the judge, which knows the whole world
+        source = (args.init or HERE) / "flux/vae"
+        if source.resolve() != (args.out / "flux/vae").resolve():
+            shutil.copytree(source, args.out / "flux/vae", dirs_exist_ok=True)
+        args.stages = [stage for stage in args.stages if stage in (("flow",) if tag else ("judge", "flow"))]
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         start = time.time()
