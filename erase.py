@@ -52,21 +52,21 @@ TINY, SCHNELL = str(HERE / "tiny/flux"), "black-forest-labs/FLUX.1-schnell"
 # One column a preset; --preset paper is table 6 of the paper on any model, tiny is what measured best on tiny/flux (README).
 DEFAULTS = dict(
     #                       paper            tiny
-    gate=                  ("hard_concrete", "straight_through"),
-    lr_ffn=                (0.5,             0.25),
-    lr_norm=               (0.5,             0.25),
-    weight_decay=          (0.01,            0.0),
-    adam_eps=              (1e-8,            1e-4),
-    beta=                  (0.01,            3.0),
-    batch=                 (4,               4),
-    retain_batch=          (4,               8),
-    lr_decay=              (0,               1),
-    hard=                  (0.0,             0.75),
-    max_closed=            (1.0,             0.05),
-    harm=                  (0.0,             1.0),
-    height=                (512,             64),
-    width=                 (512,             64),
-    max_sequence_length=   (256,             24),
+    gate=                  ("hard_concrete", "straight_through",  "relaxation of the gates"),
+    lr_ffn=                (0.5,             0.25,                "learning rate of ffn, mlp and attn gates"),
+    lr_norm=               (0.5,             0.25,                "learning rate of norm gates"),
+    weight_decay=          (0.01,            0.0,                 "AdamW's, on the logits"),
+    adam_eps=              (1e-8,            1e-4,                "Adam's eps: gates with gradients far below it stay where they are"),
+    beta=                  (0.01,            3.0,                 "weight of preserve_loss"),
+    batch=                 (4,               4,                   "concept prompts a step"),
+    retain_batch=          (4,               8,                   "retain prompts a step"),
+    lr_decay=              (0,               1,                   "1: the learning rates fall linearly to 0"),
+    hard=                  (0.0,             0.75,                "share of a step's prompts drawn in proportion to their latest error"),
+    max_closed=            (1.0,             0.05,                "share of the gates that may close"),
+    harm=                  (0.0,             1.0,                 "weight, at the start, of what closing a gate alone would do to retain prompts"),
+    height=                (512,             64,                  "pixels"),
+    width=                 (512,             64,                  "pixels"),
+    max_sequence_length=   (256,             24,                  "T5 tokens"),
 )
 PRESETS = ("paper", "tiny")
 MODULES = ("ffn", "norm", "attn", "mlp")
@@ -885,28 +885,14 @@ same-seed pairs on test prompts, which were never trained on; `metrics.jsonl` an
 def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    preset = lambda name, text, **k: add(f"--{name}", help=f"{text} ({', '.join(f'{n}: {v}' for n, v in zip(PRESETS, DEFAULTS[name]))})", **k)
     add("--concept", nargs="+", required=True, help="what to erase, one or several: a file of prompts/ by name, or any words")
     add("--neutral", help='what template prompts have instead of the concept; "" is the empty prompt (tiny: nothing, else "")')
     add("--model", help=f"hub id or diffusers folder ({SCHNELL} with a CUDA GPU, else tiny/flux)")
     add("--preset", choices=PRESETS, help="column of defaults (tiny/flux: tiny, else paper)")
     add("--steps", type=int, default=400, help="optimiser steps (%(default)s)")
-    preset("batch", "concept prompts a step", type=int)
-    preset("retain_batch", "retain prompts a step", type=int)
-    preset("beta", "weight of preserve_loss", type=float)
-    preset("gate", "relaxation of the gates", choices=START)
-    preset("lr_ffn", "learning rate of ffn, mlp and attn gates", type=float)
-    preset("lr_norm", "learning rate of norm gates", type=float)
-    preset("weight_decay", "AdamW's, on the logits", type=float)
-    preset("adam_eps", "Adam's eps: gates with gradients far below it stay where they are", type=float)
-    preset("lr_decay", "1: the learning rates fall linearly to 0", type=int, choices=(0, 1))
-    preset("hard", "share of a step's prompts drawn in proportion to their latest error", type=float)
-    preset("max_closed", "share of the gates that may close", type=float)
-    preset("harm", "weight, at the start, of what closing a gate alone would do to retain prompts", type=float)
+    for name, (paper, tiny, text) in DEFAULTS.items():
+        add(f"--{name}", type=type(paper), choices=dict(gate=START, lr_decay=(0, 1)).get(name), help=f"{text} (paper: {paper}, tiny: {tiny})")
     add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="what is gated (ffn norm)")
-    preset("height", "pixels", type=int)
-    preset("width", "pixels", type=int)
-    preset("max_sequence_length", "T5 tokens", type=int)
     add("--num_inference_steps", type=int, default=4, help="Euler steps of the sampler (%(default)s)")
     add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or made from prompts/templates.csv)")
     add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
