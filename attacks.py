@@ -255,7 +255,7 @@ def velocity_error(model: Model, text: tuple, states: list, velocities: list, si
 
 def p4d(model: Model, teacher: Model, case: dict, s, rng) -> dict:
     """Prompting4Debugging (Chin et al., ICML 2024, eq. 3-5): tokens under which the erased model's velocity is the base's for the concept
-    prompt, on the base's own trajectory. Starts from the prompt without the concept.
+    prompt, on the base's own trajectory. Starts from random tokens in front of the prompt without the concept: a style needs places of its own.
     # differs from paper: hard tokens by gradient_search; soft tokens projected to the nearest (PEZ) seldom survive retokenisation."""
     noise, sigmas = model.noise([SEARCH_NOISE, SEARCH_NOISE + 1]), [model.sigmas[i] for i in model.searched]
     with torch.no_grad(), teacher.on():
@@ -265,7 +265,7 @@ def p4d(model: Model, teacher: Model, case: dict, s, rng) -> dict:
         velocities = [teacher.velocity(x, sigma, wanted) for x, sigma in zip(states, sigmas)]
     loss = lambda rows: velocity_error(model, (model.embed("t5", rows["t5"]), model.embed("clip", rows["clip"])), states, velocities, sigmas)
     with model.on():
-        start = {side: model.ids(side, case["neutral"]) for side in s.vocabularies}
+        start = {side: model.ids(side, f"{model.decode(side, v.random(rng, PREFIX))} {case['neutral']}") for side, v in s.vocabularies.items()}
         found = gradient_search(model, s.vocabularies, start, loss, s.budget["p4d_steps"], s.budget["p4d_candidates"], rng)
     return {side: model.decode(side, ids) for side, ids in found.items()}
 
