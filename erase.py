@@ -729,7 +729,7 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     harm = {site: torch.zeros(units) for site, units in sites.items()}
     chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, train_noise(args))
     for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
-        noise, text, _, _ = cases.batch([case], args.num_inference_steps, cases.base_text)         # its target is kept for the training
+        noise, text, *_ = cases.batch([case], args.num_inference_steps, cases.base_text)         # its target is kept for the training
         v = torch.randn(noise.shape, generator=generator).to(noise.device)
         gates = {site: torch.ones(units, device=noise.device, requires_grad=True) for site, units in sites.items()}
         with gated(transformer, gates):
@@ -1007,14 +1007,14 @@ def prepare(args) -> tuple:
     free = shutil.disk_usage(next(p for p in (args.out_dir.absolute(), *args.out_dir.absolute().parents) if p.exists())).free
     if free < needed:
         raise UserError(f"--out_dir: {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed; --save mask needs little")
-    if args.resume and args.checkpoint == "auto":                  # what was chosen then, whatever is free now
-        args.checkpoint = json.loads((args.out_dir / "config.json").read_text()).get("checkpoint", "auto")
+    before = json.loads((args.out_dir / "config.json").read_text()) if args.resume else {}
+    if args.checkpoint == "auto":                                  # what was chosen then, whatever is free now
+        args.checkpoint = before.get("checkpoint", "auto")
     plan, model = plan_memory(meta, args), portable_name(args.model)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
               if k not in ("resume", "dry_run", "prompt_dir", "why", "device", "save_every", "out_dir", "is_tiny")}
     config |= dict(model=model, device_type=torch.device(args.device).type, versions={m.__name__: m.__version__ for m in (torch, diffusers, transformers)})
     if args.resume:
-        before = json.loads((args.out_dir / "config.json").read_text())
         if changed := [k for k in config if before.get(k) != config[k]]:
             raise UserError(f"--resume: --{changed[0]} was {before.get(changed[0])}, now {config[changed[0]]}; repeat the same command")
         if (args.out_dir / "mask.safetensors").exists():
