@@ -70,7 +70,6 @@ DEFAULTS = dict(
 )
 PRESETS = ("paper", "tiny")
 MODULES = ("ffn", "norm", "attn", "mlp")
-ROBUST = ("synonyms", "steps", "adversary")
 
 
 def first_line(error: Exception) -> str:
@@ -473,9 +472,9 @@ LIBRARIES = dict(fp8="torchao", nf4="bitsandbytes")
 
 
 def step_counts(args) -> list[int]:
-    """Numbers of sampling steps, of which each optimiser step takes one. differs from paper: --robust steps adds others that users may ask for."""
+    """Numbers of sampling steps, of which each optimiser step takes one. differs from paper: --robust adds others that users may ask for."""
     n = args.num_inference_steps
-    return sorted({1, 2, n, 2 * n}) if "steps" in args.robust else [n]
+    return sorted({1, 2, n, 2 * n}) if args.robust else [n]
 
 
 def free_memory(device) -> int:
@@ -650,9 +649,6 @@ def train_noise(args) -> range:
     return range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
 
 
-ADVERSARY = 0.3    # how far --robust adversary moves a text
-
-
 class Cases:
     """Concept pairs and retain prompts with their encodings, noise and base outputs, each made once and kept on the CPU."""
 
@@ -679,28 +675,26 @@ class Cases:
             chosen += rng.choices(cases, k=size - count)
         return [(case, rng.choice(noise_seeds)) for case in chosen]
 
-    def batch(self, cases, num_inference_steps: int, wanted: list):
-        """noise (B, T, C), text, target = base outputs (B, T, C) under the `wanted` texts, is_concept (B,)."""
+    def batch(self, cases, num_inference_steps: int):
+        """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
         device, transformer = self.pipe.transformer.device, self.pipe.transformer
         noise = init_latents(self.pipe, [seed for _, seed in cases], self.args.height, self.args.width).to(device)
-        keys = [(*case, num_inference_steps, wanted is self.base_text) for case in cases]
+        keys = [(*case, num_inference_steps) for case in cases]
         for i, key in enumerate(keys):                             # one at a time: the same bits whatever else is in the batch
             if key not in self.finals:
-                text = stack([wanted[key[0]]], device)
+                text = stack([self.base_text[key[0]]], device)
                 self.finals[key] = rollout(transformer, noise[i:i + 1], text, self.sigmas[num_inference_steps], self.grid)[-1][0].cpu()
         target = torch.stack([self.finals[key] for key in keys]).to(device)
         is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
         return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
 
-    def errors(self, gates, cases, micro_batch: int, backward: bool = False, num_inference_steps: int | None = None, attack=False) -> torch.Tensor:
-        """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates; `attack`: on attacked concept prompts."""
+    def errors(self, gates, cases, micro_batch: int, backward: bool = False, num_inference_steps: int | None = None) -> torch.Tensor:
+        """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates."""
         transformer, errors, n = self.pipe.transformer, [], num_inference_steps or self.args.num_inference_steps
-        noise, text, target, is_concept = self.batch(cases, n, self.base_text)
+        noise, text, target, is_concept = self.batch(cases, n)
         for i in range(0, len(cases), micro_batch):
             part = slice(i, i + micro_batch)
             x, words = noise[part], tuple(t[part] for t in text)
-            if attack and (k := sum(case < self.num_pairs for case, _ in cases[part])):            # concept cases come first
-                words[0][:k] = self.attacked(gates, cases[part][:k], n)
             with gated(transformer, gates):
                 if backward:
                     loss_of_final = lambda final: objective(squared_errors(final, target[part]), is_concept[part], self.args)[2]
@@ -709,15 +703,6 @@ class Cases:
                     final = rollout(transformer, x, words, self.sigmas[n], self.grid)[-1]
             errors.append(squared_errors(final, target[part]).detach())
         return torch.cat(errors).cpu()                             # read once: nothing waits for the GPU in between
-
-    def attacked(self, gates, cases, num_inference_steps: int) -> torch.Tensor:
-        """T5 sequences (B, L, D) of concept cases, each element moved by ADVERSARY of its text's standard deviation towards the picture that the base
-        draws for the prompt. differs from paper: an attack in the loop, as AdvUnlearn's fast one (Zhang et al. 2024, arXiv 2405.15234), on the final latents."""
-        noise, (sequence, pooled), target, _ = self.batch(cases, num_inference_steps, self.text)
-        with gated(self.pipe.transformer, {site: g.detach() for site, g in gates.items()}):
-            rollout_backward(self.pipe.transformer, noise, (sequence.requires_grad_(), pooled), self.sigmas[num_inference_steps], self.grid,
-                             lambda final: squared_errors(final, target).sum(), self.args.checkpoint)
-        return (sequence - ADVERSARY * sequence.std((1, 2), keepdim=True) * sequence.grad.sign()).detach()
 
 
 def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str, torch.Tensor]:
@@ -729,7 +714,7 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     harm = {site: torch.zeros(units) for site, units in sites.items()}
     chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, train_noise(args))
     for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
-        noise, text, *_ = cases.batch([case], args.num_inference_steps, cases.base_text)         # its target is kept for the training
+        noise, text, *_ = cases.batch([case], args.num_inference_steps)         # its target is kept for the training
         v = torch.randn(noise.shape, generator=generator).to(noise.device)
         gates = {site: torch.ones(units, device=noise.device, requires_grad=True) for site, units in sites.items()}
         with gated(transformer, gates):
@@ -760,9 +745,8 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
         chosen = cases.sample(rng, args.batch, args.retain_batch, train_noise(args), latest, args.hard)
         num_inference_steps = rng.choice(step_counts(args))
-        attack = "adversary" in args.robust and step % 2 == 1
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
-        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps, attack)
+        errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps)
         errors, gradients = reduce([errors.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
         errors = errors.cpu()
         erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
@@ -775,7 +759,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         optimizer.zero_grad()
         torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() - foresight * harm.get(site, 0) for site in relaxed])
         optimizer.step()
-        if num_inference_steps == args.num_inference_steps and not attack:        # else they are of another size
+        if num_inference_steps == args.num_inference_steps:            # else they are of another size
             latest[[case for case, _ in chosen]] = errors
         if args.gate == "sigmoid":                                 # above its start the gate is flat, and would stay there for ever
             [logit.data.clamp_(max=START["sigmoid"]) for logit in gate_logits.values()]
@@ -897,7 +881,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or made from prompts/templates.csv)")
     add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
     add("--num_prompts", type=int, default=20, help="training pairs per concept (%(default)s)")
-    add("--robust", nargs="+", choices=ROBUST, default=[], help="train on more: synonyms of prompts/vocabulary.csv; other step counts; prompts attacked in the loop")
+    add("--robust", action="store_true", help="train on other numbers of sampling steps too")
     add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
     add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
     add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help="what the backward recomputes; auto: as little as memory allows (tiny: none, else auto)")
@@ -980,18 +964,12 @@ def prepare(args) -> tuple:
     check_args(args)
     rows = [concept_pairs(concept, args) for concept in args.concept]
     pairs = [r for part in rows for r in [r for r in part if r["split"] == "train"][:args.num_prompts]]
-    vocabulary = read_vocabulary(args.prompt_dir) if "synonyms" in args.robust else {}
-    words = {c: vocabulary.get(c.lower(), {}).get("synonyms", ()) for c in (c.replace("_", " ") for c in args.concept)}
-    renamed = [r | dict(prompt=prompt) for c in words for word in words[c] for r in pairs if (prompt := rename(r["prompt"], c, word)) != r["prompt"]]
-    pairs += renamed                                               # differs from paper: the same prompts with other words for the concept
     tests = [r for part in rows for r in part if r["split"] == "test"] or pairs
     file = args.retain or args.prompt_dir / "retain.csv"
     retain = [r for r in read_prompts(file, "--retain", ("prompt", "evaluation_seed", "split")) if not any(mentions(c, r["prompt"]) for c in args.concept)]
     retain, retain_tests = ([r for r in retain if r["split"] == split] for split in ("train", "test"))
     if not pairs:
         raise UserError(f"--{'prompts' if args.prompts else 'concept'}: no training pairs")
-    if "synonyms" in args.robust and not renamed:
-        raise UserError(f"--robust: {args.prompt_dir / 'vocabulary.csv'} has no synonyms for {', '.join(args.concept)}, or no training prompt holds the name")
     if not retain:
         raise UserError(f"--retain: {file} has no training prompt without the concept")
     try:

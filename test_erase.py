@@ -120,28 +120,11 @@ def test_hard_cases_come_more_often():
 
 def test_each_step_count_has_its_own_base_outputs(pipe):
     """With open gates the error on retain prompts is 0 whatever the number of sampling steps, in any order; with gates closed it is not."""
-    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY, "--robust", "steps"])
+    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY, "--robust"])
     cases = erase.Cases(pipe, [], [dict(prompt="an apple on a red background"), dict(prompt="a dog")], args)
     errors = lambda gates, steps: cases.errors(gates, [(0, 1), (1, 2)], 1, num_inference_steps=steps)        # one at a time, as base outputs are drawn
     for steps in (4, 1, 8, 4):
         assert (errors({}, steps) == 0).all() and (errors(random_mask(pipe.transformer), steps) > 0).all()
-
-
-def test_the_attack_in_the_loop_brings_the_concept_nearer(pipe):
-    """--robust adversary moves concept prompts towards the base's own picture of them, and leaves retain prompts where they are, in any micro-batch."""
-    args = erase.parse_args(["--concept", "gun", "--model", erase.TINY])
-    cases = erase.Cases(pipe, [dict(prompt=f"a gun on {bg} background", neutral_prompt=f"nothing on {bg} background") for bg in ("a red", "an orange")],
-                        [dict(prompt="a dog")], args)
-    gates, chosen = random_mask(pipe.transformer), [(i % 2, seed) for i in range(2) for seed in range(8)]
-    noise, (sequence, pooled), target, _ = cases.batch(chosen, 4, cases.text)
-    moved = cases.attacked(gates, chosen, 4)
-    assert torch.allclose((moved - sequence).abs(), erase.ADVERSARY * sequence.std((1, 2), keepdim=True).expand_as(sequence), rtol=1e-3)
-    with erase.gated(pipe.transformer, gates):
-        distance = lambda words: erase.squared_errors(erase.rollout(pipe.transformer, noise, (words, pooled), cases.sigmas[4], cases.grid)[-1], target).mean()
-        assert distance(moved) < 0.9 * distance(sequence)
-    errors = lambda attack, micro_batch=3: cases.errors(gates, [(0, 1), (1, 1), (2, 1)], micro_batch, attack=attack)
-    assert (errors(True) == errors(False)).tolist() == [False, False, True]
-    assert torch.allclose(errors(True), errors(True, 1), rtol=1e-3)
 
 
 def test_harm_is_what_closing_a_gate_a_little_does(pipe):
@@ -304,7 +287,7 @@ def test_memory_does_not_grow_with_sampling_steps(transformer, inputs):
 @pytest.mark.parametrize("checkpoint", ["none", "step", "block", "both"])
 def test_memory_estimate(checkpoint, modules, pipe):
     """What erase.py says a backward needs is within 20 % of what it allocates, on tiny/flux at 128 pixels."""
-    size = argparse.Namespace(height=128, width=128, num_inference_steps=4, max_sequence_length=24, modules=modules, micro_batch=2, device="cpu", robust=[])
+    size = argparse.Namespace(height=128, width=128, num_inference_steps=4, max_sequence_length=24, modules=modules, micro_batch=2, device="cpu", robust=False)
     said = erase.memory_needed(pipe.transformer, size, checkpoint, "none", False) - 2**30 - sum(p.nbytes for p in pipe.transformer.parameters())
     real = allocated(pipe.transformer, bench.make_case(pipe.transformer, 2, 128, 128, 24), 4, checkpoint, modules)
     assert abs(said / real - 1) < 0.2, (said, real)
@@ -521,12 +504,12 @@ def test_resumed_run_equals_uninterrupted_run(erased, tmp_path):
 
 
 def test_robust_training_is_the_same_in_any_micro_batch(tmp_path):
-    """With all of --robust, twelve pictures at a time or five give the same losses within rounding, and others than without."""
+    """With --robust, four pictures at a time or three give the same losses within rounding, and others than without."""
     losses = {}
-    for name, flags in dict(twelve=["--robust", *erase.ROBUST], five=["--micro_batch", "5", "--robust", *erase.ROBUST], plain=[]).items():
+    for name, flags in dict(four=["--robust"], three=["--robust", "--micro_batch", "3"], plain=[]).items():
         assert erase.main([*QUICK, "--save", "mask", *flags, "--out_dir", str(tmp_path / name)]) == 0
         losses[name] = torch.tensor([json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
-    assert torch.allclose(losses["twelve"], losses["five"], rtol=1e-3) and not torch.allclose(losses["twelve"], losses["plain"], rtol=0.1), losses
+    assert torch.allclose(losses["four"], losses["three"], rtol=1e-3) and not torch.allclose(losses["four"], losses["plain"], rtol=0.1), losses
 
 
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]      # accelerate launch starts one process on CPUs
