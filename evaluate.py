@@ -109,6 +109,10 @@ class ClipJudge:
         pixels = self.processor.image_processor(pictures, return_tensors="pt").pixel_values.to(self.model.device, self.model.dtype)
         return torch.nn.functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1).cpu()
 
+    def similarity(self, pictures: list, texts: list[str]) -> torch.Tensor:
+        """(N,) cosine of each picture and its text."""
+        return (self.embed_pictures(pictures) * self.embed_texts(texts)).sum(1)
+
     def __call__(self, pictures: list, questions: list[list[str]]) -> list[list[float]]:
         """P(question is in the picture) for each question of each picture."""
         texts = sorted({q for row in questions for q in row} | {"a photo"})
@@ -535,8 +539,7 @@ def score_column(column: Column, base: Column, base_out: dict | None, cases, sco
     by_set = lambda s: [c for c in cases if c["set"] == s]
     size, retain = (args.width, args.height), column.files(by_set("retain"))
     for set_ in SCORED if clip else ():
-        cosine = lambda part: (clip.embed_pictures(open_pictures(column.files(part))) * clip.embed_texts([c["prompt"] for c in part])).sum(1)
-        similarity = [cosine(part) for part in batches(by_set(set_), 32)]
+        similarity = [clip.similarity(open_pictures(column.files(part)), [c["prompt"] for c in part]) for part in batches(by_set(set_), 32)]
         out[f"clip score, {set_} prompts"] = round(100 * torch.cat(similarity).clamp(min=0).mean().item(), 3)
     out["ssim"] = round(ssim(base.files(by_set("retain")), retain), 4)
     for name, real in (("base", base.files(by_set("retain"))), ("real", args.real_files)) if features else ():
@@ -735,8 +738,8 @@ def filter_pairs(args) -> None:
     """The paper's filter of prompt pairs, on the base's pictures: the judge must see the concept under the prompt and not under the neutral prompt;
     and the backgrounds must agree, by the CLIP scores of both pictures with the neutral prompt. The paper's limit on that is not known: the pairs are
     written in the order of agreement, best first, and erase.py takes the first --num_prompts. Test pairs follow as they are."""
-    (judge, clip), (concept,), args.dropped = load_judges(args), args.concepts, 0
-    if not clip:
+    (concept,), args.dropped = args.concepts, 0
+    if args.clip == "none":
         raise UserError("--filter: compares backgrounds by --clip, which is none")
     if PartialState().num_processes > 1:
         raise UserError("--filter: runs in one process")
@@ -747,6 +750,7 @@ def filter_pairs(args) -> None:
     prompts, neutrals, seeds = ([r[column] for r in rows] for column in ("prompt", "neutral_prompt", "evaluation_seed"))
     if not all(neutrals):
         raise UserError("--filter: a neutral prompt is empty, so that there is no background to compare")
+    judge, clip = load_judges(args)
     pictures = erase.draw(load_pipeline(args.model, args.device), prompts + neutrals, seeds + seeds, args, args.batch)
     question, threshold = judge.form.format(read_vocabulary(args)[concept]["question"]), judge.threshold if args.threshold is None else args.threshold
     seen, scores = [], []
@@ -755,7 +759,7 @@ def filter_pairs(args) -> None:
     for part in batches(list(zip(pictures, neutrals + neutrals)), 32):
         shown, texts = zip(*part)
         seen += [p for p, in judge(list(shown), [[question]] * len(part))]
-        scores += (clip.embed_pictures(list(shown)) * clip.embed_texts(list(texts))).sum(1).tolist()
+        scores += clip.similarity(list(shown), list(texts)).tolist()
     n = len(rows)
     kept = [row | dict(background_gap=round(abs(scores[i] - scores[n + i]), 4)) for i, row in enumerate(rows) if seen[i] > threshold >= seen[n + i]]
     print(f"{len(kept)} of {n} training pairs show {concept} under the prompt and not under the neutral one; {args.dropped} prompts about minors dropped", flush=True)
