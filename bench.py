@@ -275,7 +275,7 @@ def bench_quantized(args) -> dict:
         pipe, gradients = erase.load_pipeline(erase.TINY, "cpu", torch.bfloat16 if kind == "bf16" else None), []
         cases = erase.Cases(pipe, erase.concept_pairs("gun", args), [], args)
         erase.quantized(pipe.transformer, kind, "cpu")
-        for case in cases.sample(random.Random(0), 64, 0, erase.TRAIN_NOISE):
+        for case in cases.sample(random.Random(0), 64, 0):
             gates = {site: torch.ones(units, requires_grad=True) for site, units in erase.gate_sites(pipe.transformer).items()}
             cases.errors(gates, [case], 1, backward=True)
             gradients.append(torch.cat([g.grad for g in gates.values()]))

@@ -371,18 +371,15 @@ def fold(transformer: FluxTransformer2DModel, mask: dict[str, torch.Tensor]) -> 
         p.index_fill_(dim, off.to(p.device), 0)
 
 
-def stored(model: str) -> Path:
-    """The folder of a model's transformer, local or of the hub's cache."""
-    return Path(model if Path(model).is_dir() else snapshot_download(model, allow_patterns="transformer/*")) / "transformer"
-
-
 def save_folded(model: str, transformer: FluxTransformer2DModel, mask: dict, folder: Path) -> None:
     """The base's stored transformer with the mask folded in: its files copied, the closed slices zeroed in the copies through a memory map. No
     weight is held in memory, and the stored dtype stays. `transformer` only tells the sizes."""
+    stored = Path(model if Path(model).is_dir() else snapshot_download(model, allow_patterns="transformer/*")) / "transformer"
+
     def write(copy):
         for old in (copy, folder):
             shutil.rmtree(old, ignore_errors=True)
-        shutil.copytree(stored(model), copy, copy_function=shutil.copyfile,
+        shutil.copytree(stored, copy, copy_function=shutil.copyfile,
                         ignore=lambda _, names: [n for n in names if not n.endswith((".json", ".safetensors"))])
         missing = {name for name, _, _ in zeroed(transformer, mask)}
         for shard in copy.glob("*.safetensors"):                   # 8 bytes: the header's length; a JSON header; the tensors
@@ -395,7 +392,7 @@ def save_folded(model: str, transformer: FluxTransformer2DModel, mask: dict, fol
                     data[slice(*header[name]["data_offsets"])].view(*header[name]["shape"], -1).index_fill_(dim, off.cpu(), 0)
             missing -= header.keys()
         if missing:
-            raise UserError(f"--model: {stored(model)} has no {min(missing)}")
+            raise UserError(f"--model: {stored} has no {min(missing)}")
     write_atomically(folder, write)
 
 
@@ -609,17 +606,6 @@ def mentions(concept: str, text: str) -> bool:
     return bool(re.search(rf"\b{re.escape(words)}(e?s)?\b", text, re.I))
 
 
-def rename(prompt: str, concept: str, word: str) -> str:
-    """The prompt with the concept's name replaced, article included."""
-    return re.sub(rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b", lambda m: noun_phrase(word) if m[1] else word, prompt, flags=re.I)
-
-
-def read_vocabulary(folder: Path) -> dict[str, dict]:
-    """{word: {kind, question, synonyms}}: what the judge can be asked about, and how."""
-    with open(folder / "vocabulary.csv", newline="") as f:
-        return {r["word"]: r | dict(synonyms=[s for s in r["synonyms"].split("|") if s]) for r in csv.DictReader(f)}
-
-
 def template_pairs(concept: str, neutral: str, templates: list[dict]) -> list[dict]:
     """Prompt pairs for any concept: {x} becomes the concept in one prompt and `neutral` in the other ("" = the empty prompt)."""
     fill = lambda prompt, words: prompt.replace("{x}", noun_phrase(words)) if words else ""
@@ -641,12 +627,8 @@ def concept_pairs(concept: str, args) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------------- training
-# starting noises by use, far from any evaluation seed: training, the figures in the model card
-TRAIN_NOISE, HELD_OUT_NOISE = (range(start, start + 4) for start in (2**40, 2**40 + 2**21))
-
-
-def train_noise(args) -> range:
-    return range(TRAIN_NOISE.start, TRAIN_NOISE.start + args.noise_seeds)
+# the first starting noise of training, and of the figures in the model card: far from any evaluation seed
+TRAIN_NOISE, HELD_OUT_NOISE = 2**40, 2**40 + 2**21
 
 
 class Cases:
@@ -662,9 +644,9 @@ class Cases:
         self.grid = (args.height // 16, args.width // 16)
         self.sigmas = {n: schedule(pipe, n, self.grid[0] * self.grid[1]) for n in step_counts(args)}
 
-    def sample(self, rng, batch: int, retain_batch: int, noise_seeds: range, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
+    def sample(self, rng, batch: int, retain_batch: int, noise: int = TRAIN_NOISE, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
         """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases; of each, the share `hard` in proportion to
-        the `latest` (cases,) errors, those never seen (infinite) like the worst, and the rest evenly."""
+        the `latest` (cases,) errors, those never seen (infinite) like the worst, and the rest evenly. `noise` is the first seed of several."""
         chosen = []
         for cases, size in ((range(self.num_pairs), batch), (range(self.num_pairs, self.num_pairs + self.num_retain), retain_batch)):
             count = round(hard * size)
@@ -673,7 +655,7 @@ class Cases:
                 weights = weights.clamp(max=max([1e-6, *weights[weights.isfinite()].tolist()])) + 1e-6
                 chosen += rng.choices(cases, weights.tolist(), k=count)
             chosen += rng.choices(cases, k=size - count)
-        return [(case, rng.choice(noise_seeds)) for case in chosen]
+        return [(case, noise + rng.randrange(self.args.noise_seeds)) for case in chosen]
 
     def batch(self, cases, num_inference_steps: int):
         """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
@@ -712,7 +694,7 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     sum_i h_i (1 - g_i) is the diagonal of its second-order expansion there, and has one. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1)."""
     transformer, generator = cases.pipe.transformer, torch.Generator().manual_seed(args.seed)
     harm = {site: torch.zeros(units) for site, units in sites.items()}
-    chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures, train_noise(args))
+    chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures)
     for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
         noise, text, *_ = cases.batch([case], args.num_inference_steps)         # its target is kept for the training
         v = torch.randn(noise.shape, generator=generator).to(noise.device)
@@ -743,7 +725,7 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         uniform = gate_noise(sites, args.seed, step) if args.gate == "hard_concrete" else {}
         relaxed = {site: relax(logit, args.gate, uniform.get(site), threshold) for site, logit in gate_logits.items()}
         gates = {site: g.detach().to(cases.pipe.transformer.device).requires_grad_() for site, g in relaxed.items()}
-        chosen = cases.sample(rng, args.batch, args.retain_batch, train_noise(args), latest, args.hard)
+        chosen = cases.sample(rng, args.batch, args.retain_batch, latest=latest, hard=args.hard)
         num_inference_steps = rng.choice(step_counts(args))
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
         errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps)
@@ -924,39 +906,33 @@ def check_device(device: str) -> None:
 
 def check_args(args) -> None:
     """What the command line alone can get wrong. Raises UserError."""
-    for flag in ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag}: must be at least 1, not {getattr(args, flag)}")
-    for flag in ("hard", "max_closed"):
-        if not 0 <= getattr(args, flag) <= 1:
-            raise UserError(f"--{flag}: must be between 0 and 1, not {getattr(args, flag)}")
-    for flag in ("beta", "harm", "lr_ffn", "lr_norm", "weight_decay", "adam_eps"):
-        if not 0 <= getattr(args, flag) < math.inf:
-            raise UserError(f"--{flag}: must be a number >= 0, not {getattr(args, flag)}")
-    for flag in ("height", "width"):
-        if getattr(args, flag) < 16 or getattr(args, flag) % 16:
-            raise UserError(f"--{flag}: must be a multiple of 16 pixels, not {getattr(args, flag)}")
-    if not 0 <= args.seed < 2**31:
-        raise UserError(f"--seed: must be between 0 and 2147483647, not {args.seed}")
-    if any(not c.replace("_", " ").strip() for c in args.concept):
-        raise UserError("--concept: is empty")
-    if args.offload and args.checkpoint in ("none", "step"):
-        raise UserError(f"--offload: needs --checkpoint block or both, not {args.checkpoint}, which keeps every block's weights for the backward")
-    if args.compile and (args.offload or args.quantize == "fp8"):  # weights swapped inside a block; torchao's tensors, which torch 2.13 cannot differentiate
-        raise UserError(f"--compile: does not go with --{'offload' if args.offload else 'quantize fp8'}")
-    if args.quantize != "none" and not find_spec(LIBRARIES[args.quantize]):
-        raise UserError(f"--quantize: {args.quantize} needs a library that is not here: pip install {LIBRARIES[args.quantize]}")
-    if args.neutral is not None and (args.prompts or args.neutral != args.neutral.strip()):
-        raise UserError("--neutral: goes with template prompts, not with --prompts" if args.prompts else "--neutral: starts or ends with a blank")
-    if args.neutral and any(mentions(c, args.neutral) for c in args.concept):
-        raise UserError(f"--neutral: {args.neutral!r} contains the concept")
+    counts = ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length")
+    weights = ("beta", "harm", "lr_ffn", "lr_norm", "weight_decay", "adam_eps")
+    limits = dict.fromkeys(counts, (1, math.inf, "at least 1")) | dict.fromkeys(weights, (0, sys.float_info.max, "a number >= 0"))
+    limits |= dict.fromkeys(("hard", "max_closed"), (0, 1, "between 0 and 1")) | dict(seed=(0, 2**31 - 1, "between 0 and 2147483647"))
+    for flag, (low, high, words) in (limits | dict.fromkeys(("height", "width"), (16, math.inf, "a multiple of 16 pixels"))).items():
+        value = getattr(args, flag)
+        if not low <= value <= high or low == 16 and value % 16:
+            raise UserError(f"--{flag}: must be {words}, not {value}")
+    library, out_dir = LIBRARIES.get(args.quantize), args.out_dir
+    for wrong, message in (
+            (any(not c.replace("_", " ").strip() for c in args.concept), "--concept: is empty"),
+            (args.offload and args.checkpoint in ("none", "step"),
+             f"--offload: needs --checkpoint block or both, not {args.checkpoint}, which keeps every block's weights for the backward"),
+            # weights swapped inside a block; torchao's tensors, which torch 2.13 cannot differentiate
+            (args.compile and args.offload, "--compile: does not go with --offload"),
+            (args.compile and args.quantize == "fp8", "--compile: does not go with --quantize fp8"),
+            (library and not find_spec(library), f"--quantize: {args.quantize} needs a library that is not here: pip install {library}"),
+            (args.neutral is not None and args.prompts, "--neutral: goes with template prompts, not with --prompts"),
+            (args.neutral and args.neutral != args.neutral.strip(), "--neutral: starts or ends with a blank"),
+            (args.neutral and any(mentions(c, args.neutral) for c in args.concept), f"--neutral: {args.neutral!r} contains the concept"),
+            (out_dir.exists() and not out_dir.is_dir(), f"--out_dir: {out_dir} is a file"),
+            (out_dir.is_dir() and any(out_dir.iterdir()) and not args.resume,
+             f"--out_dir: {out_dir} is not empty; choose another folder, or --resume its run"),
+            (args.resume and not (out_dir / "config.json").is_file(), f"--resume: no run to go on with in {out_dir} (no config.json)")):
+        if wrong:
+            raise UserError(message)
     check_device(args.device)
-    if args.out_dir.exists() and not args.out_dir.is_dir():
-        raise UserError(f"--out_dir: {args.out_dir} is a file")
-    if args.out_dir.is_dir() and any(args.out_dir.iterdir()) and not args.resume:
-        raise UserError(f"--out_dir: {args.out_dir} is not empty; choose another folder, or --resume its run")
-    if args.resume and not (args.out_dir / "config.json").is_file():
-        raise UserError(f"--resume: no run to go on with in {args.out_dir} (no config.json)")
 
 
 def prepare(args) -> tuple:

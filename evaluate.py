@@ -309,6 +309,11 @@ def nearest_words(concept: str, vocabulary: dict, clip: ClipJudge, args) -> list
     return [words[i] for i in (vectors[1:] @ vectors[0]).argsort(descending=True, stable=True)[:8]]
 
 
+def rename(prompt: str, concept: str, word: str) -> str:
+    """The prompt with the concept's name replaced, article included."""
+    return re.sub(rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b", lambda m: erase.noun_phrase(word) if m[1] else word, prompt, flags=re.I)
+
+
 def named(prompt: str, vocabulary: dict) -> list[str]:
     """The words of the vocabulary that the prompt names, the longest first, and each only once: the "van" of "van gogh" is no van."""
     found = []
@@ -344,7 +349,7 @@ def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
             has_style = any(vocabulary[w]["kind"] == "style" for w in named(row["prompt"], vocabulary))      # which changes the background's colour
             background = [] if has_style else [("background", w) for w in others(row["prompt"], "background")]
             add("concept", row, [("acc", concept), *(("beside", w) for w in others(row["prompt"], "object")), *background])
-            if words and not args.prompts and (prompt := erase.rename(row["prompt"], concept, words[i % len(words)])) != row["prompt"]:
+            if words and not args.prompts and (prompt := rename(row["prompt"], concept, words[i % len(words)])) != row["prompt"]:
                 add("synonyms", row | dict(prompt=prompt), [("synonyms", concept)])
     retain = drop_minors(load_prompts(str(args.retain or args.prompt_dir / "retain.csv"), "--retain"), args, "--retain")
     if not (retain := unrelated(retain)):
@@ -731,7 +736,10 @@ def load_judges(args) -> tuple:
 
 
 def read_vocabulary(args) -> dict[str, dict]:
-    return {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | erase.read_vocabulary(args.prompt_dir)
+    """{word: {kind, question, synonyms}}: what the judge can be asked about, and how; args.concepts at least."""
+    with open(args.prompt_dir / "vocabulary.csv", newline="") as f:
+        words = {r["word"]: r | dict(synonyms=[s for s in r["synonyms"].split("|") if s]) for r in csv.DictReader(f)}
+    return {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | words
 
 
 def filter_pairs(args) -> None:
