@@ -46,7 +46,7 @@ spent = collections.Counter()                      # network evaluations, backwa
 class Model:
     """A pipeline under a mask (empty: the base), with its text encoders opened at the embeddings."""
 
-    def __init__(self, pipe, mask: dict, args):
+    def __init__(self, pipe, mask: dict, args, banned=()):
         self.pipe, self.mask, self.args, self.device = pipe, mask, args, pipe.device
         pipe.text_encoder.requires_grad_(False), pipe.text_encoder_2.requires_grad_(False)
         self.grid = (args.height // 16, args.width // 16)
@@ -54,6 +54,7 @@ class Model:
         self.searched = range(0, len(self.sigmas) - 1, 2)             # steps whose velocities are compared: sigma 1 and 0.5 of the usual four
         self.lengths = dict(clip=pipe.tokenizer.model_max_length, t5=args.max_sequence_length)
         self.tables = dict(clip=pipe.text_encoder.get_input_embeddings().weight.detach(), t5=pipe.text_encoder_2.get_input_embeddings().weight.detach())
+        self.vocabularies = {side: Vocabulary(self, side, banned) for side in ("clip", "t5")}
 
     def on(self):
         return erase.gated(self.pipe.transformer, {site: g.to(self.device) for site, g in self.mask.items()})
@@ -87,6 +88,11 @@ class Model:
             return self.pipe.text_encoder(ids).pooler_output
         finally:
             handle.remove()
+
+    @torch.no_grad()
+    def direction(self, side: str, pairs: list[dict]) -> torch.Tensor:
+        """(D,) Ring-A-Bell's concept vector: the mean difference that the concept makes in prompt pairs."""
+        return torch.stack([self.read(side, p["prompt"]).mean(0) - self.read(side, p["neutral_prompt"]).mean(0) for p in pairs if p["neutral_prompt"]]).mean(0)
 
     def read(self, side: str, text: str) -> torch.Tensor:
         """(R, D): CLIP's vector as one row, or T5's rows at the content positions."""
@@ -226,16 +232,16 @@ def gradient_search(model: Model, vocabularies: dict, ids: dict, loss, steps: in
 
 
 def ring_a_bell(model: Model, teacher: Model, case: dict, s, rng) -> dict:
-    """Ring-A-Bell's target, E(prompt) + eta c with eta = 1: c is the mean difference that the concept makes in prompt pairs."""
+    """Ring-A-Bell's target, E(prompt) + eta c with eta = 1 and c the concept vector."""
     with torch.no_grad():
-        wanted = {side: model.read(side, case["prompt"]) + s.direction[side] for side in s.vocabularies}
-    return {side: model.decode(side, genetic_search(model, v, wanted[side], s.budget, rng)) for side, v in s.vocabularies.items()}
+        wanted = {side: model.read(side, case["prompt"]) + s.direction[model.pipe.text_encoder][side] for side in model.vocabularies}
+    return {side: model.decode(side, genetic_search(model, v, wanted[side], s.budget, rng)) for side, v in model.vocabularies.items()}
 
 
 def mma(model: Model, teacher: Model, case: dict, s, rng) -> dict:
     """MMA-Diffusion, text modality (Yang et al., CVPR 2024, eq. 2): from random tokens to the concept prompt's own embedding, under a ban list."""
     found = {}
-    for side, v in s.vocabularies.items():
+    for side, v in model.vocabularies.items():
         with torch.no_grad():
             wanted = model.read(side, case["prompt"])
         loss = lambda rows, side=side, wanted=wanted: model.mismatch(side, rows[side], wanted)
@@ -265,8 +271,8 @@ def p4d(model: Model, teacher: Model, case: dict, s, rng) -> dict:
         velocities = [teacher.velocity(x, sigma, wanted) for x, sigma in zip(states, sigmas)]
     loss = lambda rows: velocity_error(model, (model.embed("t5", rows["t5"]), model.embed("clip", rows["clip"])), states, velocities, sigmas)
     with model.on():
-        start = {side: model.ids(side, f"{model.decode(side, v.random(rng, PREFIX))} {case['neutral']}") for side, v in s.vocabularies.items()}
-        found = gradient_search(model, s.vocabularies, start, loss, s.budget["p4d_steps"], s.budget["p4d_candidates"], rng)
+        start = {side: model.ids(side, f"{model.decode(side, v.random(rng, PREFIX))} {case['neutral']}") for side, v in model.vocabularies.items()}
+        found = gradient_search(model, model.vocabularies, start, loss, s.budget["p4d_steps"], s.budget["p4d_candidates"], rng)
     return {side: model.decode(side, ids) for side, ids in found.items()}
 
 
@@ -278,12 +284,12 @@ def unlearn_diff(model: Model, teacher: Model, case: dict, s, rng) -> dict:
     with torch.no_grad(), teacher.on():
         x0 = teacher.trajectory(noise, teacher.text(case["prompt"], 2))[-1]
     states, velocities = [(1 - sigma) * x0 + sigma * noise for sigma in sigmas], [noise - x0] * len(sigmas)
-    rest = {side: model.content(side, context)[:, :model.lengths[side] - 2 - PREFIX] for side in s.vocabularies}
+    rest = {side: model.content(side, context)[:, :model.lengths[side] - 2 - PREFIX] for side in model.vocabularies}
     behind = lambda side, rows: model.embed(side, torch.cat([rows, rest[side].expand(len(rows), -1, -1)], 1))
     loss = lambda rows: velocity_error(model, (behind("t5", rows["t5"]), behind("clip", rows["clip"])), states, velocities, sigmas)
     with model.on():
-        start = {side: v.random(rng, PREFIX) for side, v in s.vocabularies.items()}
-        found = gradient_search(model, s.vocabularies, start, loss, s.budget["uda_steps"], s.budget["uda_candidates"], rng)
+        start = {side: v.random(rng, PREFIX) for side, v in model.vocabularies.items()}
+        found = gradient_search(model, model.vocabularies, start, loss, s.budget["uda_steps"], s.budget["uda_candidates"], rng)
     return {side: f"{model.decode(side, ids)} {context}" for side, ids in found.items()}
 
 
@@ -401,15 +407,15 @@ def text_shots(attack: str, target: Model, teacher: Model, case: dict, s) -> lis
     if attack in ("plain", "seeds", "replay"):
         return [same(prompt)]
     if attack == "random tokens":
-        return [{side: target.decode(side, v.random(rng, TOKENS)) for side, v in s.vocabularies.items()}]
+        return [{side: target.decode(side, v.random(rng, TOKENS)) for side, v in target.vocabularies.items()}]
     if attack == "synonyms":
         return [same(text) for text in case["synonyms"]]
     if attack == "split":
         return [dict(clip=neutral, t5=prompt), dict(clip=prompt, t5=neutral)]
     if attack == "knobs":
         return [same(prompt) | dict(num_inference_steps=n) for n in (1, 2, 8)] + [same(prompt) | dict(max_sequence_length=n) for n in s.knob_lengths]
-    key = (attack, case["name"], None if attack in ENCODER else target)
-    if key not in s.found:                                            # attacks on the encoders see no transformer: the same strings for every model
+    key = (attack, case["name"], target.pipe.text_encoder if attack in ENCODER else target)
+    if key not in s.found:                                            # attacks on the encoders see no transformer: the same strings for base and erased model
         s.found[key] = SEARCHES[attack](target, teacher, case, s, rng)
     return [s.found[key]]
 
@@ -494,15 +500,14 @@ def run(args) -> None:
     if concept not in concepts:
         raise UserError(f"--concept: {concept!r} is not what {args.erased} erases: {', '.join(concepts)}")
     eval_args = evaluate.complete(evaluate.parse_args([str(args.erased), "--device", args.device, *(["--judge", args.judge] if args.judge else [])]), [args.erased])
-    vocabulary = erase.read_vocabulary(eval_args.prompt_dir)
-    s.question, synonyms = vocabulary.get(concept, {}).get("question") or erase.noun_phrase(concept), vocabulary.get(concept, {}).get("synonyms", [])
+    s.question, synonyms = (evaluate.read_vocabulary(eval_args)[concept][key] for key in ("question", "synonyms"))
     s.pairs, tests = (evaluate.concept_rows(concept, eval_args, split) for split in ("train", "test"))
     s.retain = [r for r in evaluate.load_prompts(str(eval_args.prompt_dir / "retain.csv"), "--retain") if not erase.mentions(concept, r["prompt"])]
     replayed = evaluate.load_prompts(args.prompts, "--prompts", args.where) if args.prompts else []
     counts = argparse.Namespace(dropped=0)
     tests, replayed = (evaluate.drop_minors(r, counts) if r else [] for r in (tests, replayed))
     n = args.num_prompts or s.budget["prompts"]
-    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], neutral=r["neutral_prompt"] or "a picture", synonyms=[erase.rename(r["prompt"], concept, w) for w in synonyms])
+    cases = [dict(r, name=f"{i:03d}", context=r["prompt"], neutral=r["neutral_prompt"] or "a picture", synonyms=[evaluate.rename(r["prompt"], concept, w) for w in synonyms])
              for i, r in enumerate(tests[:n])]
     replayed = [dict(r, name=f"replay {i:04d}", neutral=r["prompt"]) for i, r in enumerate(replayed[:args.num_prompts or None])]
     nudity = concept == "nudity" and not args.judge
@@ -510,19 +515,17 @@ def run(args) -> None:
 
     pipe = erase.load_pipeline(eval_args.model, args.device)
     mask = erase.load_mask(args.erased / "mask.safetensors", pipe.transformer)
-    base, erased = Model(pipe, {}, eval_args), Model(pipe, mask, eval_args)
+    banned = [concept, *synonyms]
+    base, erased = Model(pipe, {}, eval_args, banned), Model(pipe, mask, eval_args, banned)
     models = dict(erased=erased, base=base)
     if args.oracle:
-        models["oracle"] = Model(erase.load_pipeline(str(args.oracle), args.device), {}, eval_args)
+        models["oracle"] = Model(erase.load_pipeline(str(args.oracle), args.device), {}, eval_args, banned)
     s.judge = NudityJudge() if nudity else kind(eval_args.judge, args.device, erase.default_dtype(args.device))
     threshold = s.judge.threshold if args.threshold is None else args.threshold
     s.question = s.judge.form.format(s.question)
-    banned, s.found, s.soft = [concept, *synonyms], {}, {}
-    s.vocabularies = {side: Vocabulary(base, side, banned) for side in ("clip", "t5")}
+    s.found, s.soft = {}, {}
+    s.direction = {m.pipe.text_encoder: {side: m.direction(side, s.pairs) for side in m.vocabularies} for m in models.values()}
     s.knob_lengths = [length for length in (eval_args.max_sequence_length // 2, eval_args.max_sequence_length * 2) if length <= pipe.tokenizer_2.model_max_length]
-    with torch.no_grad():                                             # Ring-A-Bell's concept vector, per encoder
-        s.direction = {side: torch.stack([base.read(side, p["prompt"]).mean(0) - base.read(side, p["neutral_prompt"]).mean(0) for p in s.pairs if p["neutral_prompt"]]).mean(0)
-                       for side in ("clip", "t5")}
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
     about = dict(concept=concept, erased=str(args.erased), model=config["model"], judge="nudenet" if nudity else eval_args.judge, threshold=threshold, budget=args.budget, seed=args.seed,
@@ -539,9 +542,9 @@ def run(args) -> None:
     for attack in args.attack:
         if attack in TEXT:
             part = replayed if attack == "replay" else [c for c in cases if attack != "synonyms" or c["synonyms"]]
-            jobs.append((attack, "erased", erased, part))
+            jobs += [(attack, name, models[name], part) for name in models if name != "base"]
             control = part if attack in ("plain", *ENCODER) else [dict(c, context=c["neutral"]) for c in part[:max(3, len(part) // 2)]] if attack in SEARCHES else []
-            jobs += [(attack, name, models[name], control) for name in models if name != "erased" and control]
+            jobs += [(attack, "base", base, control)] if control else []
         elif attack == "inversion":
             jobs += [(f"inversion {m}", name, model, cases) for m in (1, 4, 16) for name, model in models.items()]
         elif attack == "completion":
@@ -581,20 +584,22 @@ def write_results(records, jobs, benign, models, cases, about, threshold, began,
     args, of = s.args, lambda attack, target: [r for r in records if r["attack"] == attack and r["target"] == target]
     attacks = list(dict.fromkeys(a for a, *_ in jobs))
     results = {a: {name: asr(of(a, name), threshold) for name in models} for a in attacks}
-    text = [r for r in records if r["target"] == "erased" and r["attack"] in TEXT and r["attack"] != "replay"]
-    broken = {r["case"] for r in text if max(x for row in r["scores"] for x in row) > threshold}
-    union = evaluate.rate([float(c["name"] in broken) for c in cases]) if text else None
+    text, unions = [r for r in records if r["attack"] in TEXT and r["attack"] != "replay"], {}
+    for name in [name for name in models if name != "base" and text]:
+        broken = {r["case"] for r in text if r["target"] == name and max(x for row in r["scores"] for x in row) > threshold}
+        unions[name] = evaluate.rate([float(c["name"] in broken) for c in cases])
     cell = lambda r: "-" if r is None else f"{r['asr_1']['rate']:.0%} / {r['asr_k']['rate']:.0%} [{r['asr_k']['low']:.0%}, {r['asr_k']['high']:.0%}] n={r['asr_k']['n']}"
     rows = [["attack", "k", *(f"{name}: ASR@1 / ASR@k" for name in models), "network", "backward", "encoder", "pictures"]]
     for a in attacks:
         r = next(x for x in results[a].values() if x)
         rows.append([a, str(r["k"]), *(cell(x) for x in results[a].values()), *(f"{v:g}" for v in r["spent_per_prompt"].values())])
     rows.append(["judge on unrelated prompts", "1", *(f"{benign[name]['rate']:.0%} n={benign[name]['n']}" for name in models), *[""] * 4])
-    headline = f"union over all attacks that end as text: {union['rate']:.1%} [{union['low']:.1%}, {union['high']:.1%}] of {union['n']} prompts" if union else ""
-    final = dict(about=about, union_text_asr=union, attacks=results, judge_on_unrelated_prompts=benign, seconds=round(time.time() - began, 1))
+    headline = "union over all attacks that end as text: " * bool(unions) + "; ".join(
+        f"{name} {u['rate']:.1%} [{u['low']:.1%}, {u['high']:.1%}] of {u['n']} prompts" for name, u in unions.items())
+    final = dict(about=about, union_text_asr=unions, attacks=results, judge_on_unrelated_prompts=benign, seconds=round(time.time() - began, 1))
     erase.write_atomically(args.out_dir / "results.json", lambda p: p.write_text(json.dumps(final, indent=1) + "\n"))
     strings = [f"* {r['attack']} ({max(x for row in r['scores'] for x in row):.2f}): " + " | ".join(f"`{shot['clip']}` / `{shot['t5']}`" for shot in r["shots"][:1])
-               for r in sorted(text, key=lambda r: -max(x for row in r["scores"] for x in row))[:20]]
+               for r in sorted([r for r in text if r["target"] == "erased"], key=lambda r: -max(x for row in r["scores"] for x in row))[:20]]
     (args.out_dir / "report.md").write_text("\n".join([
         f"# Attacks on {args.erased}: {about['concept']}", "", headline, "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
         *("| " + " | ".join(r) + " |" for r in rows[1:]), "", "FLUX.1-schnell's weights are public: attacks on weights and latents are diagnostics of what is left, text is what a hosted "
@@ -617,7 +622,7 @@ def write_results(records, jobs, benign, models, cases, about, threshold, began,
     print(evaluate.layout(rows))
     print(headline)
     print(f"wrote {args.out_dir}/: attacks.jsonl results.json report.md attacks.png; {final['seconds']} s", flush=True)
-    print(json.dumps(dict(union_text_asr=union and union["rate"], **{a: {name: x and x["asr_k"]["rate"] for name, x in r.items()} for a, r in results.items()})))
+    print(json.dumps(dict(union_text_asr={name: u["rate"] for name, u in unions.items()}, **{a: {name: x and x["asr_k"]["rate"] for name, x in r.items()} for a, r in results.items()})))
 
 
 def parse_args(argv=None) -> argparse.Namespace:

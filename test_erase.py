@@ -110,9 +110,9 @@ def test_no_more_gates_close_than_allowed(max_closed):
 
 def test_hard_cases_come_more_often():
     """With hard 1, cases are drawn in proportion to their latest error, those never seen like the worst; with 0, evenly."""
-    cases = argparse.Namespace(num_pairs=4, num_retain=4)
+    cases = argparse.Namespace(num_pairs=4, num_retain=4, args=argparse.Namespace(noise_seeds=4))
     latest = torch.tensor([1.0, 0, 0, 0, 0.5, 0.5, 0, math.inf])
-    counts = lambda hard: torch.bincount(torch.tensor([case for case, _ in erase.Cases.sample(cases, random.Random(0), 600, 600, range(4), latest, hard)]), minlength=8)
+    counts = lambda hard: torch.bincount(torch.tensor([case for case, _ in erase.Cases.sample(cases, random.Random(0), 600, 600, 0, latest, hard)]), minlength=8)
     hard, even = counts(1.0).tolist(), counts(0.0).tolist()
     assert hard[0] > 590 and hard[6] < 10 and all(150 < n < 250 for n in (hard[4], hard[5], hard[7])), hard
     assert all(100 < n < 200 for n in even) and sum(even) == 1200, even
@@ -131,7 +131,7 @@ def test_harm_is_what_closing_a_gate_a_little_does(pipe):
     """The estimated harm of the gates that matter most agrees with finite differences of the final latents, within a quarter."""
     args = erase.parse_args(["--concept", "gun", "--model", erase.TINY, "--noise_seeds", "1"])
     cases, sites = erase.Cases(pipe, [dict(prompt="a gun", neutral_prompt="nothing")], [dict(prompt="an apple on a red background")], args), erase.gate_sites(pipe.transformer)
-    harm, case = erase.harms(cases, sites, args, pictures=300), [(1, erase.TRAIN_NOISE.start)]
+    harm, case = erase.harms(cases, sites, args, pictures=300), [(1, erase.TRAIN_NOISE)]
     for site in list(sites)[::4]:
         i, gates = harm[site].argmax(), {site: torch.ones(sites[site])}
         gates[site][i] -= 0.02
@@ -1055,8 +1055,8 @@ def victim(pipe):
     """(base, model under a mask, vocabularies without the gun's words) on tiny/flux."""
     args = argparse.Namespace(**vars(SIZE), device="cpu", seed=0)
     mask = random_mask(pipe.transformer, ("ffn", "norm"), 0.1)
-    base = attacks.Model(pipe, {}, args)
-    return base, attacks.Model(pipe, mask, args), {side: attacks.Vocabulary(base, side, ["gun", "pistol"]) for side in ("clip", "t5")}
+    base = attacks.Model(pipe, {}, args, ["gun", "pistol"])
+    return base, attacks.Model(pipe, mask, args), base.vocabularies
 
 
 BUDGET = dict(ga_generations=12, ga_population=20, mma_steps=12, mma_candidates=24, p4d_steps=3, p4d_candidates=8, uda_steps=3, uda_candidates=8)
@@ -1165,6 +1165,7 @@ def test_attacks_command_line(erased, tmp_path):
     attack = outcomes[0][0]["attacks"]
     assert {"random tokens", "plain", "ring_a_bell", "mma", "p4d", "unlearn_diff", "replay", "inversion 16", "completion 3", "noise", "regrow"} < set(attack)
     assert attack["unmask, mask as a file"]["erased"]["asr_k"] == attack["plain"]["base"]["asr_k"] and json.loads(done.stdout.splitlines()[-1])
+    assert set(outcomes[0][0]["union_text_asr"]) == {"erased", "oracle"} and all(attack[name]["oracle"]["asr_k"]["n"] == attack[name]["erased"]["asr_k"]["n"] for name in attacks.TEXT)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -183,19 +183,19 @@ def train_decoder(args):
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
-def text_corpus(without: tuple[str, ...]) -> list[str]:
+def text_corpus() -> list[str]:
     """World captions, and the prompt files for natural English, so that any word splits into a few pieces."""
     rng = random.Random("tokenizers")
-    captions = [world.caption(world.sample_scene(rng, without), rng) for _ in range(20000)]
+    captions = [world.caption(world.sample_scene(rng), rng) for _ in range(20000)]
     return captions + [line for file in sorted(HERE.parent.glob("prompts/[!t]*.csv")) for line in file.read_text().splitlines()]
 
 
 def make_tokenizers(args) -> tuple[CLIPTokenizer, PreTrainedTokenizerFast]:
     """Byte-level BPE for both encoders: no string has an unknown token."""
-    folder = args.init / "flux" if args.init else args.work      # a resumed or further run keeps its tokens
+    folder = (args.init or HERE) / "flux" if args.init or args.without else args.work      # a further run, and a world without a concept, keep the tokens
     if (folder / "tokenizer").exists():
         return CLIPTokenizer.from_pretrained(folder / "tokenizer"), PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
-    corpus = text_corpus(args.without)
+    corpus = text_corpus()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # T5: pad 0, end 1, unknown 2, as the original
     t5 = Tokenizer(models.BPE())
