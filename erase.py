@@ -134,7 +134,7 @@ def closing_threshold(gate_logits: dict[str, torch.Tensor], max_closed: float) -
     return min(0.0, logits.kthvalue(k).values.item()) if k else -math.inf
 
 
-def binary(gate_logits: dict[str, torch.Tensor], threshold: float = 0.0) -> dict[str, torch.Tensor]:
+def binary(gate_logits: dict[str, torch.Tensor], threshold: float) -> dict[str, torch.Tensor]:
     """The final mask, {0, 1} per unit: open where the logit is above the threshold."""
     return {site: (logit.detach() > threshold).float() for site, logit in gate_logits.items()}
 
@@ -156,29 +156,23 @@ def gate_sites(transformer: FluxTransformer2DModel, modules=("ffn", "norm")) -> 
     ffn   hidden neurons after GELU of both FFNs of a double block     norm  outputs of norm1_context.linear (shift, scale, gate)
     attn  heads of every block                                         mlp   MLP neurons of a single block
     """
-    sites, heads = {}, transformer.config.num_attention_heads
+    heads, sites = transformer.config.num_attention_heads, []
     for i, block in enumerate(transformer.transformer_blocks):
         name = f"transformer_blocks.{i}"
-        if "ffn" in modules:
-            sites[f"{name}.ff.net.0"] = block.ff.net[0].proj.out_features
-            sites[f"{name}.ff_context.net.0"] = block.ff_context.net[0].proj.out_features
-        if "norm" in modules:
-            sites[f"{name}.norm1_context.linear"] = block.norm1_context.linear.out_features
-        if "attn" in modules:
-            sites[f"{name}.attn"] = heads
+        sites += [("ffn", f"{name}.ff.net.0", block.ff.net[0].proj.out_features),
+                  ("ffn", f"{name}.ff_context.net.0", block.ff_context.net[0].proj.out_features),
+                  ("norm", f"{name}.norm1_context.linear", block.norm1_context.linear.out_features), ("attn", f"{name}.attn", heads)]
     for i, block in enumerate(transformer.single_transformer_blocks):
-        if "attn" in modules:
-            sites[f"single_transformer_blocks.{i}.attn"] = heads
-        if "mlp" in modules:
-            sites[f"single_transformer_blocks.{i}.act_mlp"] = block.proj_mlp.out_features
-    return sites
+        name = f"single_transformer_blocks.{i}"
+        sites += [("attn", f"{name}.attn", heads), ("mlp", f"{name}.act_mlp", block.proj_mlp.out_features)]
+    return {site: units for module, site, units in sites if module in modules}
 
 
 @contextlib.contextmanager
 def gated(transformer: FluxTransformer2DModel, gates: dict[str, torch.Tensor]):
     """Multiply each site's output by its gates inside the `with`; the hooks go with it, whatever happens. Raises KeyError or
     ValueError for gates that do not fit the model."""
-    sizes, handles = gate_sites(transformer, MODULES), []
+    sizes = gate_sites(transformer, MODULES)
 
     def scale(output, g):                                          # (..., units) * (units,)
         return output * g.to(output.device, output.dtype)
@@ -188,21 +182,18 @@ def gated(transformer: FluxTransformer2DModel, gates: dict[str, torch.Tensor]):
         x, g = inputs[0], g.repeat_interleave(per_head)
         return (torch.cat([scale(x[..., :width], g), x[..., width:]], -1),)
 
-    try:
+    with contextlib.ExitStack() as hooks:
         for site, g in gates.items():
             if sizes[site] != g.numel():
                 raise ValueError(f"{site} has {sizes[site]} units, the gates {g.numel()}")
             if not site.endswith(".attn"):
-                handles.append(transformer.get_submodule(site).register_forward_hook(lambda m, i, out, g=g: scale(out, g)))
+                hooks.enter_context(transformer.get_submodule(site).register_forward_hook(lambda m, i, out, g=g: scale(out, g)))
                 continue
             block = site.removesuffix(".attn")                     # heads are gated where they enter the output projections
             for consumer in ("proj_out",) if block.startswith("single") else ("attn.to_out.0", "attn.to_add_out"):
                 module = transformer.get_submodule(f"{block}.{consumer}")
-                handles.append(module.register_forward_pre_hook(lambda m, inputs, g=g: scale_heads(inputs, g)))
+                hooks.enter_context(module.register_forward_pre_hook(lambda m, inputs, g=g: scale_heads(inputs, g)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def compile_blocks(transformer: FluxTransformer2DModel, **options) -> None:
@@ -227,18 +218,15 @@ def encode(pipe: FluxPipeline, prompts: list[str], max_sequence_length: int, bat
 
 def init_latents(pipe: FluxPipeline, seeds: list[int], height: int, width: int) -> torch.Tensor:
     """Noise (B, T, C) packed, from one CPU generator per picture: a seed means the same picture on every device, in any batch."""
-    h, w = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-    channels = pipe.transformer.config.in_channels // 4
-    noise = [torch.randn(1, channels, h, w, generator=torch.Generator().manual_seed(s), dtype=pipe.transformer.dtype) for s in seeds]
-    return FluxPipeline._pack_latents(torch.cat(noise), len(seeds), channels, h, w)
+    generators, transformer = [torch.Generator().manual_seed(s) for s in seeds], pipe.transformer
+    return pipe.prepare_latents(len(seeds), transformer.config.in_channels // 4, height, width, transformer.dtype, "cpu", generators)[0]
 
 
 def schedule(pipe: FluxPipeline, num_inference_steps: int, tokens: int) -> list[float]:
     """The sampler's sigmas, 1 ... 0, from the model's own scheduler (schnell: equal steps; dev: shifted by the picture's size)."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
     config = pipe.scheduler.config
-    mu = calculate_shift(tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-                         config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+    mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
     sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).numpy()
     pipe.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
     return pipe.scheduler.sigmas.tolist()
@@ -287,7 +275,7 @@ def decode(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -
 
 
 def stack(texts: list[tuple], device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.stack([t[0] for t in texts]).to(device), torch.stack([t[1] for t in texts]).to(device)
+    return tuple(torch.stack(part).to(device) for part in zip(*texts))
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -316,24 +304,22 @@ def rollout_backward(transformer, noise, text, sigmas, grid, loss_of_final, chec
     """
     if checkpoint in ("block", "both"):                            # FLUX has no dropout, so no random state to restore
         transformer.enable_gradient_checkpointing(functools.partial(recompute, use_reentrant=False, preserve_rng_state=False))
-    trajectory = [noise]
     if checkpoint in ("none", "block"):
+        final = noise
         for s, s_next in zip(sigmas, sigmas[1:]):
-            trajectory = [euler(transformer, trajectory[-1], s, s_next, text, grid)]
-        loss = loss_of_final(trajectory[-1])
+            final = euler(transformer, final, s, s_next, text, grid)
+        loss = loss_of_final(final)
         loss.backward()
     else:
-        trajectory = rollout(transformer, noise, text, sigmas, grid)
-        loss = loss_of_final(trajectory[-1].requires_grad_())
-        gradient, = torch.autograd.grad(loss, trajectory[-1])
-        for i in reversed(range(len(sigmas) - 1)):
-            x = trajectory[i].detach().requires_grad_(i > 0)       # nothing upstream of the noise needs a gradient
-            with torch.enable_grad():
-                x_next = euler(transformer, x, sigmas[i], sigmas[i + 1], text, grid)
-            x_next.backward(gradient)
+        *states, final = rollout(transformer, noise, text, sigmas, grid)
+        loss = loss_of_final(final.requires_grad_())
+        gradient, = torch.autograd.grad(loss, final)
+        for x, s, s_next in reversed(list(zip(states, sigmas, sigmas[1:]))):
+            x = x.detach().requires_grad_(x is not noise)          # nothing upstream of the noise needs a gradient
+            euler(transformer, x, s, s_next, text, grid).backward(gradient)
             gradient = x.grad
     transformer.disable_gradient_checkpointing()
-    return loss.detach(), trajectory[-1].detach()
+    return loss.detach(), final.detach()
 
 
 # ------------------------------------------------------------------------------------------------- fold, save, load
@@ -345,15 +331,14 @@ def zeroed(transformer: FluxTransformer2DModel, mask: dict[str, torch.Tensor]):
     mlp   row and bias of proj_mlp, column of proj_out
     """
     for site, g in mask.items():
-        off, block, single = (g == 0).nonzero().flatten(), ".".join(site.split(".")[:2]), site.startswith("single")
+        off, block, single = (g == 0).nonzero().flatten(), site.rpartition(".")[0], site.startswith("single")
         rows, columns, shift = [site], [], 0
         if site.endswith("net.0"):
             rows, columns = [f"{site}.proj"], [f"{site[:-1]}2"]
         elif site.endswith("act_mlp"):
             rows, columns, shift = [f"{block}.proj_mlp"], [f"{block}.proj_out"], transformer.inner_dim
         elif site.endswith("attn"):
-            size = transformer.inner_dim // g.numel()
-            off = (off[:, None] * size + torch.arange(size, device=off.device)).flatten()
+            off = (g == 0).repeat_interleave(transformer.inner_dim // g.numel()).nonzero().flatten()
             rows = [f"{site}.to_v"] if single else [f"{site}.to_v", f"{site}.add_v_proj"]
             columns = [f"{block}.proj_out"] if single else [f"{site}.to_out.0", f"{site}.to_add_out"]
         for name in rows:
@@ -484,14 +469,14 @@ def memory_needed(transformer, args, checkpoint: str, quantize: str, offload: bo
     What a block keeps is counted in (tokens x width): inputs of normalisations, GELU and attention (12 in a double, 11 in a single block), and what
     gates multiply, as their gradients need it. test_memory_estimate holds it to what autograd really allocates. `transformer` may be on "meta".
     """
-    blocks, m, size = [transformer.transformer_blocks, transformer.single_transformer_blocks], args.modules, default_dtype(args.device).itemsize
+    doubles, singles, m, size = transformer.transformer_blocks, transformer.single_transformer_blocks, args.modules, default_dtype(args.device).itemsize
     tokens = args.height * args.width // 256 + args.max_sequence_length
     double = (12 + 4 * ("ffn" in m) + ("attn" in m)) * tokens + 4 * ("norm" in m) * args.max_sequence_length
     single = (11 + 4 * ("mlp" in m) + 5 * ("attn" in m)) * tokens
-    one_step, inputs = len(blocks[0]) * double + len(blocks[1]) * single, len(blocks[0] + blocks[1]) * tokens
+    one_step, inputs = len(doubles) * double + len(singles) * single, (len(doubles) + len(singles)) * tokens
     steps = max(step_counts(args))
     kept = dict(none=one_step * steps, step=one_step, block=inputs * steps + single, both=inputs + single)[checkpoint]
-    numel = [sum(p.numel() for p in block.parameters()) for part in blocks for block in part]
+    numel = [sum(p.numel() for p in block.parameters()) for block in [*doubles, *singles]]
     rest = transformer.num_parameters() - sum(numel)
     weights = (rest + (max(numel) if offload else sum(numel))) * dict(none=size, fp8=1, nf4=0.52)[quantize]
     if quantize == "fp8":                                          # autograd keeps the weights that a block computed with
@@ -509,7 +494,7 @@ def plan_memory(transformer, args) -> str:
             args.checkpoint = mode
             return f"checkpoint {mode}: needs about {gib(needed)} of {args.device}, {gib(free)} are free"
     least, fitting = argparse.Namespace(**vars(args) | dict(micro_batch=1)), []
-    for quantize, offload in (("none", False), ("fp8", False), ("nf4", False), ("none", True), ("nf4", True)):
+    for quantize, offload in (("none", False), ("fp8", False), ("nf4", False), ("none", True)):
         if (size := memory_needed(transformer, least, "both", quantize, offload)) <= free:
             fitting.append(f"--checkpoint both --micro_batch 1{f' --quantize {quantize}' * (quantize != 'none')}{' --offload' * offload} ({gib(size)})")
     raise UserError(f"--checkpoint: {modes[-1]} needs about {gib(needed)} of {args.device}, {gib(free)} are free; "
@@ -571,17 +556,17 @@ def read_prompts(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
                 raise UserError(f"{flag}: {path} has no column {missing[0]!r}")
             rows = []
             for row in reader:
-                where = f"{flag}: {path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{where}: {len([v for v in row.values() if v])} fields, the header has {len(reader.fieldnames)}")
-                if row["split"] not in ("train", "test"):
-                    raise UserError(f"{where}: split is {row['split']!r}, not train or test")
-                if not row["prompt"].strip():
-                    raise UserError(f"{where}: prompt is empty")
-                if "neutral_prompt" in columns and row["prompt"] == row["neutral_prompt"]:
-                    raise UserError(f"{where}: prompt and neutral_prompt are the same")
-                if not re.fullmatch(r"\d{1,18}", row["evaluation_seed"]):
-                    raise UserError(f"{where}: evaluation_seed is {row['evaluation_seed']!r}, not a whole number")
+                where, extra = f"{flag}: {path}, line {reader.line_num}", row.pop(None, [])
+                if extra or None in row.values():
+                    fields = sum(v is not None for v in row.values()) + len(extra)
+                    raise UserError(f"{where}: {fields} fields, the header has {len(reader.fieldnames)}")
+                for wrong, message in (
+                        (row["split"] not in ("train", "test"), f"split is {row['split']!r}, not train or test"),
+                        (not row["prompt"].strip(), "prompt is empty"),
+                        ("neutral_prompt" in columns and row["prompt"] == row["neutral_prompt"], "prompt and neutral_prompt are the same"),
+                        (not re.fullmatch(r"\d{1,18}", row["evaluation_seed"]), f"evaluation_seed is {row['evaluation_seed']!r}, not a whole number")):
+                    if wrong:
+                        raise UserError(f"{where}: {message}")
                 rows.append(row | dict(evaluation_seed=int(row["evaluation_seed"])))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{flag}: cannot read {path}: {error}") from None
@@ -636,8 +621,7 @@ class Cases:
 
     def __init__(self, pipe, pairs, retain, args):
         self.pipe, self.args, self.finals = pipe, args, {}
-        prompts = [p["prompt"] for p in pairs] + [r["prompt"] for r in retain]
-        neutrals = [p["neutral_prompt"] for p in pairs] + [r["prompt"] for r in retain]
+        prompts, neutrals = ([p[column] for p in pairs] + [r["prompt"] for r in retain] for column in ("prompt", "neutral_prompt"))
         text = encode(pipe, prompts + neutrals, args.max_sequence_length)
         self.text, self.base_text = text[:len(prompts)], text[len(prompts):]
         self.num_pairs, self.num_retain = len(pairs), len(retain)
@@ -693,7 +677,7 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     differs from paper: preserve_loss has no gradient where all gates are open, so erase_loss alone would choose the first to close. For binary gates
     sum_i h_i (1 - g_i) is the diagonal of its second-order expansion there, and has one. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1)."""
     transformer, generator = cases.pipe.transformer, torch.Generator().manual_seed(args.seed)
-    harm = {site: torch.zeros(units) for site, units in sites.items()}
+    harm = {site: torch.zeros(units, device=transformer.device) for site, units in sites.items()}
     chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures)
     for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
         noise, text, *_ = cases.batch([case], args.num_inference_steps)         # its target is kept for the training
@@ -702,18 +686,16 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
         with gated(transformer, gates):
             rollout_backward(transformer, noise, text, cases.sigmas[args.num_inference_steps], cases.grid, lambda final: (final.float() * v).sum(), args.checkpoint)
         for site, g in gates.items():
-            harm[site] += g.grad.square().cpu() / (pictures * noise[0].numel())
-    return harm
+            harm[site] += g.grad.square() / (pictures * noise[0].numel())
+    return {site: h.cpu() for site, h in reduce(harm, "mean").items()}         # the same in every process, where a GPU's sums may differ
 
 
-def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, torch.Tensor]:
+def train(cases: Cases, sites: dict[str, int], args, out_dir: Path) -> dict[str, torch.Tensor]:
     """The optimisation: args.steps of AdamW on the logits, resumable at any step in the same bits; returns the final mask. Under accelerate
     launch, each process takes its share of a step's cases and the gradients are summed."""
     state = PartialState()
-    sites = {site: logit.numel() for site, logit in gate_logits.items()}
-    rate = {site: args.lr_norm if "norm1" in site else args.lr_ffn for site in sites}
-    groups = [dict(params=[logit], lr=rate[site], initial_lr=rate[site]) for site, logit in gate_logits.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, eps=args.adam_eps)
+    gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
+    optimizer = torch.optim.AdamW([dict(params=[logit]) for logit in gate_logits.values()], weight_decay=args.weight_decay, eps=args.adam_eps)
     latest = torch.full((cases.num_pairs + cases.num_retain,), math.inf)          # each case's error when it was last seen
     start = load_state(out_dir, gate_logits, optimizer, latest)
     threshold = closing_threshold(gate_logits, args.max_closed)
@@ -729,14 +711,14 @@ def train(cases: Cases, gate_logits: dict, args, out_dir: Path) -> dict[str, tor
         num_inference_steps = rng.choice(step_counts(args))
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
         errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps)
-        errors, gradients = reduce([errors.to(state.device), {site: g.grad for site, g in gates.items()}], "sum")
+        errors, gradients = reduce([errors.to(cases.pipe.transformer.device), {site: g.grad for site, g in gates.items()}], "sum")
         errors = errors.cpu()
         erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
         if not (math.isfinite(loss) and all(g.isfinite().all() for g in gradients.values())):
             raise RuntimeError(f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) or a gradient is not finite; "
                                "try a smaller --lr_ffn and --lr_norm")
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - args.lr_decay * step / args.steps)
+        for site, group in zip(sites, optimizer.param_groups):
+            group["lr"] = (args.lr_norm if "norm1" in site else args.lr_ffn) * (1 - args.lr_decay * step / args.steps)
         foresight = args.beta * args.harm * max(0.0, 1 - step / (0.7 * args.steps))         # of L + foresight sum_i h_i (1 - g_i)
         optimizer.zero_grad()
         torch.autograd.backward(list(relaxed.values()), [gradients[site].cpu() - foresight * harm.get(site, 0) for site in relaxed])
@@ -810,10 +792,9 @@ def save_preview(path: Path, rows: list[tuple[str, list]], side: int = 128) -> N
 
 
 def save_curves(path: Path, metrics: list[dict]) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for key in ("erase_loss", "preserve_loss"):
         left.semilogy([m["step"] for m in metrics], [m[key] for m in metrics], label=key, linewidth=1)
     left.legend()
@@ -821,7 +802,6 @@ def save_curves(path: Path, metrics: list[dict]) -> None:
     right.plot([m["step"] for m in metrics], [100 * m["closed"] for m in metrics])
     right.set(xlabel="step", ylabel="gates closed, %", ylim=0)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 MODEL_CARD = """---
@@ -840,7 +820,7 @@ the concept is still *seen* is for a judge to say, not for this loss.
 ```python
 from erase import load_erased                      # a stock FluxPipeline; or FluxTransformer2DModel.from_pretrained(".../transformer")
 pipe = load_erased("{out_dir}")
-pipe("a photo", height={height}, width={width}, num_inference_steps={num_inference_steps}, guidance_scale=0, max_sequence_length={max_sequence_length}).images[0]
+pipe("a photo", height={height}, width={width}, num_inference_steps={num_inference_steps}, guidance_scale={guidance_scale}, max_sequence_length={max_sequence_length}).images[0]
 ```
 `mask.safetensors` is the mask alone and fits only base weights with fingerprint `{fingerprint}`; `config.json` is the exact run; `preview.png` shows
 same-seed pairs on test prompts, which were never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the optimiser's state.
@@ -883,10 +863,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.why = "--model" if args.model else "a CUDA GPU is here" if cuda else "no CUDA GPU here; FLUX.1-schnell needs one"
     args.model, args.device = args.model or (SCHNELL if cuda else TINY), args.device or ("cuda" if cuda else "cpu")
     args.is_tiny = Path(args.model).resolve() == Path(TINY).resolve()
-    args.preset = args.preset or ("tiny" if args.is_tiny else "paper")
+    kind = "tiny" if args.is_tiny else "paper"
+    args.preset = args.preset or kind
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:                            # the picture's size goes with the model, the rest with the preset
-            column = "tiny" if args.is_tiny and name in ("height", "width", "max_sequence_length") else args.preset
+            column = kind if name in ("height", "width", "max_sequence_length") else args.preset
             setattr(args, name, values[PRESETS.index(column)])
     if args.micro_batch is None:
         args.micro_batch = args.batch + args.retain_batch if args.is_tiny else 1
@@ -906,10 +887,10 @@ def check_device(device: str) -> None:
 
 def check_args(args) -> None:
     """What the command line alone can get wrong. Raises UserError."""
-    counts = ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch", "max_sequence_length")
+    counts = ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch")
     weights = ("beta", "harm", "lr_ffn", "lr_norm", "weight_decay", "adam_eps")
     limits = dict.fromkeys(counts, (1, math.inf, "at least 1")) | dict.fromkeys(weights, (0, sys.float_info.max, "a number >= 0"))
-    limits |= dict.fromkeys(("hard", "max_closed"), (0, 1, "between 0 and 1")) | dict(seed=(0, 2**31 - 1, "between 0 and 2147483647"))
+    limits |= dict.fromkeys(("hard", "max_closed"), (0, 1, "between 0 and 1")) | dict(seed=(0, 2**31 - 1, "between 0 and 2147483647"), max_sequence_length=(1, 512, "between 1 and 512"))
     for flag, (low, high, words) in (limits | dict.fromkeys(("height", "width"), (16, math.inf, "a multiple of 16 pixels"))).items():
         value = getattr(args, flag)
         if not low <= value <= high or low == 16 and value % 16:
@@ -919,6 +900,8 @@ def check_args(args) -> None:
             (any(not c.replace("_", " ").strip() for c in args.concept), "--concept: is empty"),
             (args.offload and args.checkpoint in ("none", "step"),
              f"--offload: needs --checkpoint block or both, not {args.checkpoint}, which keeps every block's weights for the backward"),
+            # bitsandbytes keeps the weight by itself, past any checkpointing
+            (args.offload and args.quantize == "nf4", "--offload: does not go with --quantize nf4"),
             # weights swapped inside a block; torchao's tensors, which torch 2.13 cannot differentiate
             (args.compile and args.offload, "--compile: does not go with --offload"),
             (args.compile and args.quantize == "fp8", "--compile: does not go with --quantize fp8"),
@@ -940,12 +923,13 @@ def prepare(args) -> tuple:
     check_args(args)
     rows = [concept_pairs(concept, args) for concept in args.concept]
     pairs = [r for part in rows for r in [r for r in part if r["split"] == "train"][:args.num_prompts]]
+    for concept, part in zip(args.concept, rows):
+        if not any(r["split"] == "train" for r in part):
+            raise UserError(f"--{'prompts' if args.prompts else 'concept'}: no training pairs for {concept!r}")
     tests = [r for part in rows for r in part if r["split"] == "test"] or pairs
     file = args.retain or args.prompt_dir / "retain.csv"
     retain = [r for r in read_prompts(file, "--retain", ("prompt", "evaluation_seed", "split")) if not any(mentions(c, r["prompt"]) for c in args.concept)]
     retain, retain_tests = ([r for r in retain if r["split"] == split] for split in ("train", "test"))
-    if not pairs:
-        raise UserError(f"--{'prompts' if args.prompts else 'concept'}: no training pairs")
     if not retain:
         raise UserError(f"--retain: {file} has no training prompt without the concept")
     try:
@@ -996,9 +980,9 @@ def run(args) -> None:
         write_atomically(out_dir / "config.json", lambda p: p.write_text(json.dumps(config, indent=1) + "\n"))
 
     # text encoders go to the device first, if they fit, encode all there is to encode, and leave before the transformer comes
-    encoders, base = (pipe.text_encoder, pipe.text_encoder_2), fingerprint(pipe.transformer)
-    there = sum(p.nbytes for e in encoders for p in e.parameters()) + 2**30 < free_memory(args.device)
-    [e.to(args.device if there else "cpu") for e in encoders]
+    base, encoders = fingerprint(pipe.transformer), torch.nn.ModuleList([pipe.text_encoder, pipe.text_encoder_2])
+    if sum(p.nbytes for p in encoders.parameters()) + 2**30 < free_memory(args.device):
+        encoders.to(args.device)
     cases, shown = Cases(pipe, pairs, retain, args), [("concept prompts", tests[:6]), ("other prompts", retain_tests[:6])]
     texts = [encode(pipe, [r["prompt"] for r in rows], args.max_sequence_length) for _, rows in shown]
     pipe.text_encoder = pipe.text_encoder_2 = encoders = None
@@ -1008,31 +992,30 @@ def run(args) -> None:
     if args.compile:
         compile_blocks(pipe.transformer)
 
-    gate_logits = {site: torch.full((units,), START[args.gate]).requires_grad_() for site, units in sites.items()}
-    mask = train(cases, gate_logits, args, out_dir)
+    mask = train(cases, sites, args, out_dir)
     if not state.is_main_process:
         return
 
     held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)
-    results = []
-    for gates in ({}, mask):                                       # the base, and the erased model: as good as folded (test_fold_equals_hooks)
-        results.append(cases.errors(gates, held_out, args.micro_batch).view(2, 32).mean(1).tolist())
+    errors, sheet = [], []
+    for name, gates in (("base", {}), ("erased", mask)):           # the gated model is as good as the folded (test_fold_equals_hooks)
+        errors.append(cases.errors(gates, held_out, args.micro_batch).view(2, 32).mean(1).tolist())
         with gated(pipe.transformer, gates):
-            results.append([draw(pipe, text, [r["evaluation_seed"] for r in rows], args, args.micro_batch) for text, (_, rows) in zip(texts, shown)])
-    before, base_pictures, after, erased_pictures = results
-    save_preview(out_dir / "preview.png", [(f"{title}\n{name}", row[i]) for i, (title, _) in enumerate(shown)
-                                           for name, row in (("base", base_pictures), ("erased", erased_pictures))])
+            sheet += [(f"{title}\n{name}", draw(pipe, text, [r["evaluation_seed"] for r in rows], args, args.micro_batch))
+                      for text, (title, rows) in zip(texts, shown)]
+    before, after = errors
+    save_preview(out_dir / "preview.png", sorted(sheet, key=lambda row: row[0]))
     save_curves(out_dir / "curves.png", [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()])
     if args.save == "full":
         save_folded(args.model, pipe.transformer, mask, out_dir / "transformer")
     closed = sum((g == 0).sum().item() for g in mask.values())
-    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    hardware = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; "
                + f"with {args.quantize} weights, " * (args.quantize != "none")
                + f"error to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
     (out_dir / "README.md").write_text(MODEL_CARD.format(**vars(args) | config | dict(
         modules=" and ".join(args.modules), concepts=", ".join(args.concept), pairs=len(pairs), retain=len(retain), summary=summary,
-        held_out=len(held_out), fingerprint=base)))
+        held_out=len(held_out), fingerprint=base, guidance_scale=3.5 if pipe.transformer.config.guidance_embeds else 0)))
     save_mask(out_dir / "mask.safetensors", mask, base, model=config["model"], concepts=json.dumps(args.concept), seed=args.seed)   # last: the run is finished
     print(f"{summary}\nwrote {out_dir}/: {' '.join(sorted(p.name for p in out_dir.iterdir()))}\n"
           f"next: look at {out_dir}/preview.png, then python evaluate.py {out_dir}")

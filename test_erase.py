@@ -558,6 +558,9 @@ BAD = [
     (["--offload", "--checkpoint", "step"], "--offload: needs --checkpoint block or both, not step"),
     (["--offload", "--compile"], "--compile: does not go with --offload"),
     (["--quantize", "fp8", "--compile"], "--compile: does not go with --quantize fp8"),
+    (["--quantize", "nf4", "--offload", "--checkpoint", "both"], "--offload: does not go with --quantize nf4"),
+    (["--concept", "nudity", "gun", "--prompts", "prompts/tiny/gun.csv"], "--prompts: no training pairs for 'nudity'"),
+    (["--max_sequence_length", "513"], "--max_sequence_length: must be between 1 and 512, not 513"),
     (["--quantize", "int2"], "argument --quantize: invalid choice: 'int2'"),
     *[(["--quantize", kind], f"--quantize: {kind} needs a library that is not here: pip install {library}") for kind, library in erase.LIBRARIES.items() if not find_spec(library)],
     ([HEADER.replace("neutral_", "neutral")], "has no column 'neutral_prompt'"),
@@ -565,9 +568,10 @@ BAD = [
     ([HEADER + "0,a gun,nothing,1,training\n"], "line 2: split is 'training'"),
     ([HEADER + "0,a gun,nothing,1,train\n1,a gun,a gun,1,train\n"], "line 3: prompt and neutral_prompt are the same"),
     ([HEADER + "0,a gun,nothing,one,train\n"], "line 2: evaluation_seed is 'one'"),
-    ([HEADER + "0,a gun,nothing,1\n"], "line 2: 4 fields, the header has 5"),
+    ([HEADER + "0,a gun,,1\n"], "line 2: 4 fields, the header has 5"),
+    ([HEADER + "0,a gun,nothing,1,train,x,y\n"], "line 2: 7 fields, the header has 5"),
     ([HEADER + "0,a cat,nothing,1,train\n"], "--concept: 'gun' occurs in no prompt"),
-    ([HEADER + "0,a gun,nothing,1,test\n"], "--prompts: no training pairs"),
+    ([HEADER + "0,a gun,nothing,1,test\n"], "--prompts: no training pairs for 'gun'"),
 ]
 
 
@@ -616,6 +620,8 @@ def test_paper_preset_is_table_6():
     assert (args.gate, args.lr_ffn, args.lr_norm, args.weight_decay, args.beta, args.batch, args.steps, args.num_prompts) == (
         "hard_concrete", 0.5, 0.5, 0.01, 0.01, 4, 400, 20)
     assert (args.hard, args.max_closed, args.harm, args.lr_decay) == (0, 1, 0, 0)
+    for model, preset, size in (("tiny/flux", "paper", 64), ("a/hub-id", "tiny", 512)):            # the picture's size goes with the model
+        assert erase.parse_args(["--concept", "gun", "--model", model, "--preset", preset]).height == size
 
 
 @pytest.mark.parametrize("script, count", [(erase, 6), (evaluate, 5), (attacks, 3)], ids=lambda x: getattr(x, "__name__", ""))
