@@ -495,12 +495,11 @@ def asr(records: list[dict], threshold: float) -> dict | None:
 
 def run(args) -> None:
     s, config = argparse.Namespace(args=args, budget=dict(BUDGETS[args.budget])), json.loads((args.erased / "config.json").read_text())
-    concepts = [c.replace("_", " ").lower() for c in config["concept"]]
-    began, concept = time.time(), (args.concept or concepts[0]).replace("_", " ").lower()
-    if concept not in concepts:
-        raise UserError(f"--concept: {concept!r} is not what {args.erased} erases: {', '.join(concepts)}")
     eval_args = evaluate.complete(evaluate.parse_args([str(args.erased), "--device", args.device, *(["--judge", args.judge] if args.judge else [])]), [args.erased])
-    s.question, synonyms = (evaluate.read_vocabulary(eval_args)[concept][key] for key in ("question", "synonyms"))
+    began, concepts = time.time(), {c.lower(): c for c in eval_args.concepts}
+    if not (concept := concepts.get((args.concept or eval_args.concepts[0]).replace("_", " ").lower())):
+        raise UserError(f"--concept: {args.concept!r} is not what {args.erased} erases: {', '.join(eval_args.concepts)}")
+    s.question, synonyms = (eval_args.vocabulary[concept][key] for key in ("question", "synonyms"))
     s.pairs, tests = (evaluate.concept_rows(concept, eval_args, split) for split in ("train", "test"))
     s.retain = [r for r in evaluate.load_prompts(str(eval_args.prompt_dir / "retain.csv"), "--retain") if not erase.mentions(concept, r["prompt"])]
     replayed = evaluate.load_prompts(args.prompts, "--prompts", args.where) if args.prompts else []
@@ -511,7 +510,7 @@ def run(args) -> None:
              for i, r in enumerate(tests[:n])]
     replayed = [dict(r, name=f"replay {i:04d}", neutral=r["prompt"]) for i, r in enumerate(replayed[:args.num_prompts or None])]
     nudity = concept == "nudity" and not args.judge
-    kind = None if nudity else evaluate.judge_class(eval_args.judge)
+    s.judge = NudityJudge() if nudity else evaluate.load_judge(eval_args.judge, "--judge", erase.default_dtype(args.device))
 
     pipe = erase.load_pipeline(eval_args.model, args.device)
     mask = erase.load_mask(args.erased / "mask.safetensors", pipe.transformer)
@@ -520,7 +519,8 @@ def run(args) -> None:
     models = dict(erased=erased, base=base)
     if args.oracle:
         models["oracle"] = Model(erase.load_pipeline(str(args.oracle), args.device), {}, eval_args, banned)
-    s.judge = NudityJudge() if nudity else kind(eval_args.judge, args.device, erase.default_dtype(args.device))
+    if not nudity:
+        s.judge.model.to(args.device)
     threshold = s.judge.threshold if args.threshold is None else args.threshold
     s.question = s.judge.form.format(s.question)
     s.found, s.soft = {}, {}

@@ -87,7 +87,7 @@ def exit_code(script: str, run) -> int:
     except (UserError, json.JSONDecodeError) as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
         return 1
     return 0

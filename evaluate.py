@@ -9,7 +9,7 @@
 
 ACC (Minimalist Concept Erasure, arXiv 2507.13386) is the share of pictures in which the judge sees the concept. Every rate comes
 with its n and 95 % Wilson interval, base and erased side by side. Pictures are kept as PNG; the same command draws only what is
-missing. `accelerate launch evaluate.py ...` splits the drawing and the judging over processes.
+missing. `torchrun --nproc_per_node 2 evaluate.py ...` splits the drawing and the judging over processes.
 """
 import argparse
 import csv
@@ -24,6 +24,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -37,13 +38,13 @@ from accelerate.utils import gather_object
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForZeroShotObjectDetection, AutoProcessor
-from transformers.models.auto.modeling_auto import (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
-                                                    MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from erase import HERE, SCHNELL, TINY, UserError, first_line
 
@@ -78,7 +79,7 @@ def load_checkpoint(auto, name: str, device, dtype) -> tuple:
     try:
         model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"--judge or --clip: cannot load {name}: {first_line(error)}") from None
     if info["missing_keys"]:
         raise UserError(f"--judge or --clip: {name} has no weights for {min(info['missing_keys'])}")
@@ -106,8 +107,8 @@ class ClipJudge:
     @torch.no_grad()
     def embed_pictures(self, pictures: list) -> torch.Tensor:
         """(N, d), unit length."""
-        pixels = self.processor.image_processor(pictures, return_tensors="pt").pixel_values.to(self.model.device, self.model.dtype)
-        return torch.nn.functional.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1).cpu()
+        inputs = self.processor.image_processor(pictures, return_tensors="pt").to(self.model.device, self.model.dtype)
+        return torch.nn.functional.normalize(self.model.get_image_features(**inputs).pooler_output.float(), dim=-1).cpu()
 
     def similarity(self, pictures: list, texts: list[str]) -> torch.Tensor:
         """(N,) cosine of each picture and its text."""
@@ -170,10 +171,10 @@ def judge_class(name: str, flag: str = "--judge"):
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{flag}: cannot load {name}: {first_line(error)}") from None
-    for mapping, judge in ((MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING, ClipJudge), (MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING, DetectorJudge),
-                           (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, VlmJudge)):
-        if type(config) in mapping:
-            return judge
+    kinds = (dict.fromkeys(("altclip", "chinese_clip", "clip", "clipseg", "metaclip_2", "siglip", "siglip2"), ClipJudge)
+             | dict.fromkeys(("grounding-dino", "mm-grounding-dino", "owlv2", "owlvit"), DetectorJudge))
+    if judge := kinds.get(config.model_type) or (VlmJudge if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None):
+        return judge
     raise UserError(f"{flag}: {name} is a {config.model_type}, which neither compares pictures with texts, nor detects by text, nor answers questions")
 
 
@@ -237,21 +238,21 @@ MINORS = re.compile(r"\b(child(ren)?|kids?|boys?|girls?|schoolgirls?|schoolboys?
 
 
 def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
-    """[{prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column), or hf:owner/dataset[:config][:split] (one
-    name between the colons is the split; without it, train). #column after either names the prompts' column.
+    """[{prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column, no header), or hf:owner/dataset[:config][:split] (one
+    name between the colons is the split; without it, train). #column names the prompts' column, of a header then.
 
     Rows of a split column keep "test" only; `where` is a condition on the columns, as pandas reads it. Raises UserError.
     """
     import pandas
     source, _, column = spec.partition("#")
-    is_hub, column = source.startswith("hf:"), column or "prompt"
+    is_hub, is_csv = source.startswith("hf:"), Path(source).suffix == ".csv"
     try:
         if is_hub:
             from datasets import load_dataset
             source, *rest = source[3:].split(":")
             table = load_dataset(source, *rest[:-1], split=rest[-1] if rest else "train").to_pandas()
-        elif Path(source).suffix == ".csv":
-            table = pandas.read_csv(source, keep_default_na=False, encoding="utf-8-sig")
+        elif is_csv or column:
+            table = pandas.read_csv(source, sep="," if is_csv else "\t", keep_default_na=False, encoding="utf-8-sig")
         else:
             table = pandas.DataFrame(dict(prompt=[line.split("\t")[0] for line in Path(source).read_text(encoding="utf-8-sig").split("\n")]))
     except Exception as error:                                        # both libraries raise their own kinds: gated, absent, offline, torn
@@ -259,7 +260,7 @@ def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
         raise UserError(f"{flag}: cannot {'load' if is_hub else 'read'} {source}: {first_line(error)}{hint}") from None
     if not isinstance(table.index, pandas.RangeIndex):                # pandas takes a surplus first field for an index
         raise UserError(f"{flag}: {source}: rows have more fields than the header")
-    if column not in table:
+    if (column := column or "prompt") not in table:
         raise UserError(f"{flag}: {source} has no column {column!r}; it has {', '.join(map(str, table))}")
     table["prompt"] = table[column]
     if seeds := next((c for c in ("evaluation_seed", "sd_seed") if c in table), None):
@@ -324,15 +325,15 @@ def named(prompt: str, vocabulary: dict) -> list[str]:
     return found
 
 
-def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
+def make_cases(args, clip: ClipJudge | None) -> list[dict]:
     """[{set, name, prompt, seed, asks: [(metric, word)]}] for all pictures.
 
     concept     test prompts: is the concept there (acc), is what shares the picture there (beside), is the background as asked
     synonyms    the same with the concept's name replaced by words that erase.py never saw
     retain      unrelated prompts: is each thing of the vocabulary that they name there (others)
-    neighbours  the 8 words nearest to the concept, `args.per_neighbour` pictures each
+    neighbours  the 8 words of its kind nearest to the concept (a style may have fewer), `args.per_neighbour` pictures each
     """
-    cases, count = [], Counter()
+    cases, count, vocabulary = [], Counter(), args.vocabulary
     others = lambda prompt, kind: [w for w in named(prompt, vocabulary) if vocabulary[w]["kind"] == kind and w not in args.concepts]
     unrelated = lambda rows: [r for r in rows if not any(erase.mentions(c, r["prompt"]) for c in args.concepts)]
 
@@ -344,6 +345,8 @@ def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
         rows = load_prompts(args.prompts, "--prompts", args.where) if args.prompts else concept_rows(concept, args)
         if args.prompts and len(args.concepts) > 1 and not (rows := [r for r in rows if erase.mentions(concept, r["prompt"])]):
             raise UserError(f"--prompts: {args.prompts} has no prompt for {concept!r}, one of several concepts")
+        if not rows:
+            raise UserError(f"--concept: no test prompts for {concept!r}")
         words = vocabulary[concept]["synonyms"]
         for i, row in enumerate(cycle(drop_minors(rows, args), args.num_pictures)):
             has_style = any(vocabulary[w]["kind"] == "style" for w in named(row["prompt"], vocabulary))      # which changes the background's colour
@@ -358,10 +361,10 @@ def make_cases(args, vocabulary: dict, clip: ClipJudge | None) -> list[dict]:
         add("retain", row, [("others", w) for w in others(row["prompt"], "object")])
     if args.per_neighbour and not clip:
         raise UserError("--clip none: the nearest concepts are found by its texts; add --per_neighbour 0")
-    for concept in args.concepts if args.per_neighbour else ():
-        for word in nearest_words(concept, vocabulary, clip, args):
-            for row in cycle(unrelated(concept_rows(word, args)), args.per_neighbour):
-                add("neighbours", row, [("neighbours", word)])
+    near = [word for concept in args.concepts if args.per_neighbour for word in nearest_words(concept, vocabulary, clip, args)]
+    for word in dict.fromkeys(near):                                  # once, however many of the concepts it is near
+        for row in cycle(unrelated(concept_rows(word, args)), args.per_neighbour):
+            add("neighbours", row, [("neighbours", word)])
     return cases
 
 
@@ -409,20 +412,24 @@ def read_config(folder: Path) -> dict:
 def make_column(path: Path, args, base) -> Column:
     """A column for an erased folder of ours, a diffusers pipeline or transformer folder, or a folder of pictures. Raises UserError."""
     home = args.out_dir / re.sub(r"\W+", "_", str(path)).strip("_")
-    files = sorted(path.glob("**/*.safetensors"))                     # too large to hash
-    weights = hashlib.sha256(repr([(f.relative_to(path), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
     if "concept" in read_config(path):
         mask = erase.load_mask(path / "mask.safetensors", base.transformer)
         return Column(str(path), home, lambda: base, mask, hashlib.sha256((path / "mask.safetensors").read_bytes()).hexdigest())
+    folder = next((f for f in (path, path / "transformer") if read_config(f).get("_class_name") == "FluxTransformer2DModel"), None)
     if (path / "model_index.json").is_file():
-        return Column(str(path), home, lambda: erase.load_pipeline(str(path), args.device), weights=weights)
-    for folder in (path, path / "transformer"):
-        if read_config(folder).get("_class_name") == "FluxTransformer2DModel":
-            load = lambda: FluxTransformer2DModel.from_pretrained(folder, dtype=base.transformer.dtype).to(args.device)
-            return Column(str(path), home, lambda: FluxPipeline(**base.components | dict(transformer=load())), weights=weights)
-    if any(path.glob("*/*.png")):
+        load = lambda: erase.load_pipeline(str(path), "cpu", base.dtype)
+    elif folder:
+        load = lambda: FluxPipeline(**base.components | dict(
+            transformer=FluxTransformer2DModel.from_pretrained(folder, dtype=base.transformer.dtype, use_safetensors=True)))
+    elif any(path.glob("*/*.png")):
         return Column(str(path), path)
-    raise UserError(f"{path}: is empty, or holds neither an erased model, a diffusers model nor pictures")
+    else:
+        raise UserError(f"{path}: is empty, or holds neither an erased model, a diffusers model nor pictures")
+    try:                                                              # loaded once here: what is wrong with it shows before anything is drawn
+        parts = [part for _, part in sorted(load().components.items()) if isinstance(part, torch.nn.Module)]
+        return Column(str(path), home, load, weights=" ".join(map(erase.fingerprint, parts)))        # text encoders too: some methods edit them
+    except (OSError, ValueError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot load: {first_line(error)}") from None
 
 
 def check_picture(file: Path, size: tuple | None = None) -> None:
@@ -430,7 +437,7 @@ def check_picture(file: Path, size: tuple | None = None) -> None:
     try:
         with Image.open(file) as picture:
             found = picture.size
-            picture.verify()
+            picture.verify() if picture.format == "PNG" else picture.load()   # verify() looks into no other format
     except (OSError, SyntaxError) as error:
         raise UserError(f"{file}: no such picture" if not file.exists() else f"{file}: is no whole picture: {first_line(error)}") from None
     if size and found != size:
@@ -455,7 +462,7 @@ def draw_missing(column: Column, cases: list[dict], args, state) -> None:
     mine = batches(cases, args.batch)[state.process_index::state.num_processes]
     todo = [part for part in mine if column.load and not all(f.exists() for f in column.files(part))]
     if todo:
-        pipe = column.load()
+        pipe = column.load().to(args.device)
         with erase.gated(pipe.transformer, column.gates):
             for part in tqdm(todo, desc=f"draw {column.name}", disable=not state.is_local_main_process):
                 drawn = erase.draw(pipe, [c["prompt"] for c in part], [c["seed"] for c in part], args, batch=args.batch)
@@ -463,6 +470,7 @@ def draw_missing(column: Column, cases: list[dict], args, state) -> None:
                     if not file.exists():
                         file.parent.mkdir(parents=True, exist_ok=True)
                         erase.write_atomically(file, lambda p: picture.save(p, format="png"))
+        pipe.to("cpu")                                                # one model at a time on the device
     state.wait_for_everyone()
 
 
@@ -527,9 +535,9 @@ def share(r: dict, base: dict) -> float | None:
 SCORED = ("concept", "retain")                                        # sets with a CLIP score
 
 
-def score_column(column: Column, base: Column, base_out: dict | None, cases, scores, threshold, clip, features, args) -> dict:
+def score_column(column: Column, base: Column, base_out: dict | None, cases, scores, clip, features, args) -> dict:
     """All figures of one column. scores: what judged() gave for it; base_out: what this gave for the base, None if this is the base."""
-    seen = [(metric, word, s if math.isnan(s) else float(s > threshold)) for (_, _, metric, word), s in scores.items()]
+    seen = [(metric, word, s if math.isnan(s) else float(s > args.threshold)) for (_, _, metric, word), s in scores.items()]
     of = lambda metric, word=None: rate([s for m, w, s in seen if m == metric and word in (None, w)])
     out, by_word = {}, {}
     for metric in ("acc", "synonyms", "beside", "background", "others", "neighbours"):
@@ -635,7 +643,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--retain", help="unrelated prompts, likewise (prompts/retain.csv, its test rows)")
     add("--where", help='keep rows of --prompts, e.g. "nudity_percentage>=50"')
     add("--num_pictures", type=int, default=250, help="pictures of each set: concept, synonyms, retain (%(default)s)")
-    add("--per_neighbour", type=int, default=100, help="pictures of each of the 8 nearest other concepts (%(default)s)")
+    add("--per_neighbour", type=int, default=100, help="pictures of each of the 8 nearest other concepts of its kind (%(default)s)")
     add("--controls", action="store_true", help="more columns: the base drawn again, as many gates closed at random, and the gates before thresholding")
     add("--out_dir", type=Path, help="(<folder>/eval, or compare/)")
     for name in ("height", "width", "max_sequence_length", "num_inference_steps"):
@@ -647,34 +655,29 @@ def parse_args(argv=None) -> argparse.Namespace:
         raise UserError(message)
     p.error = refuse                                                  # one line, without the usage
     args = p.parse_args(argv)
-    if args.filter and (args.erased or args.compare or args.where or len(args.concept or ()) != 1):
-        raise UserError("--filter: takes one --concept, no folder and no --where")
-    if args.filter and (args.filter.exists() or not args.filter.absolute().parent.is_dir()):
-        raise UserError(f"--filter: {args.filter} is there already" if args.filter.exists() else f"--filter: no folder {args.filter.parent}")
-    if args.filter:
-        args.model = args.model or (SCHNELL if torch.cuda.is_available() else TINY)
-    elif bool(args.erased) == bool(args.compare):
-        raise UserError("nothing to evaluate: name a folder that erase.py wrote" if not args.erased else "--compare: takes all folders, none before it")
     for flag, low, unit in (("num_pictures", 1, 1), ("per_neighbour", 0, 1), ("batch", 1, 1), ("num_inference_steps", 1, 1), ("max_sequence_length", 1, 1),
                             ("height", 16, 16), ("width", 16, 16)):
         if (value := getattr(args, flag)) is not None and (value < low or value % unit):
             raise UserError(f"--{flag}: must be at least {low}" + (f" and a multiple of {unit} pixels" if unit > 1 else "") + f", not {value}")
-    if (args.max_sequence_length or 0) > 512:
-        raise UserError(f"--max_sequence_length: FLUX takes 512 at most, not {args.max_sequence_length}")
-    for flag in ("judge", "clip", "model", "prompts", "retain", "where"):
-        if getattr(args, flag) == "":                                 # an unset variable of the shell, not a wish for the default
-            raise UserError(f"--{flag}: is empty")
-    if args.threshold is not None and not 0 <= args.threshold < 1:
-        raise UserError(f"--threshold: must be between 0 and 1, not {args.threshold}")
-    if args.out_dir and len(args.erased) > 1:
-        raise UserError("--out_dir: goes with one folder, or with --compare")
-    for path in args.erased + args.compare:
-        if not path.is_dir():
-            raise UserError(f"{path}: no such folder")
-    if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
-        raise UserError(f"--real: {args.real} is no folder of pictures")
-    if args.where and not args.prompts:
-        raise UserError("--where: goes with --prompts")
+    file, folders = args.filter, args.erased + args.compare
+    for wrong, message in (
+            (file and (folders or args.where or len(args.concept or ()) != 1), "--filter: takes one --concept, no folder and no --where"),
+            (file and file.exists(), f"--filter: {file} is there already"),
+            (file and not file.absolute().parent.is_dir(), f"--filter: no folder {file and file.parent}"),
+            (not file and not folders, "nothing to evaluate: name a folder that erase.py wrote"),
+            (args.erased and args.compare, "--compare: takes all folders, none before it"),
+            # an unset variable of the shell, not a wish for the default
+            *((getattr(args, flag) == "", f"--{flag}: is empty") for flag in ("judge", "clip", "model", "prompts", "retain", "where")),
+            ((args.max_sequence_length or 0) > 512, f"--max_sequence_length: FLUX takes 512 at most, not {args.max_sequence_length}"),
+            (args.threshold is not None and not 0 <= args.threshold < 1, f"--threshold: must be between 0 and 1, not {args.threshold}"),
+            (args.out_dir and len(args.erased) > 1, "--out_dir: goes with one folder, or with --compare"),
+            *((not path.is_dir(), f"{path}: no such folder") for path in folders),
+            (args.real and not (args.real.is_dir() and any(args.real.iterdir())), f"--real: {args.real} is no folder of pictures"),
+            (args.where and not args.prompts, "--where: goes with --prompts")):
+        if wrong:
+            raise UserError(message)
+    if file:
+        args.model = args.model or (SCHNELL if torch.cuda.is_available() else TINY)
     erase.check_device(args.device)
     return args
 
@@ -687,13 +690,11 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
         raise UserError(f"{unfinished[0]}: no mask.safetensors, so no finished erased model")
     config = next(iter(configs.values()), {})
     for name in ("concept", "model"):
+        setattr(args, name, getattr(args, name) or config.get(name))
         if not getattr(args, name):
-            if not config.get(name):
-                raise UserError(f"--{name}: needed, {paths[0]}/config.json does not say it")
-            setattr(args, name, config[name])
+            raise UserError(f"--{name}: needed, {paths[0]}/config.json does not say it")
     if not all(c.replace("_", " ").strip() for c in args.concept):
         raise UserError("--concept: is empty")
-    args.concepts = [c.replace("_", " ").lower() for c in args.concept]       # as the vocabulary spells them
     args.model = erase.local_name(args.model)
     try:
         FluxPipeline.load_config(args.model)
@@ -705,6 +706,11 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
     for name, value in (sizes | dict(num_inference_steps=4)).items():
         setattr(args, name, getattr(args, name) or config.get(name, value))
     args.prompt_dir = HERE / "prompts/tiny" if args.is_tiny else HERE / "prompts"
+    with open(args.prompt_dir / "vocabulary.csv", newline="") as f:           # {word: {kind, question, synonyms}}: what the judge can be asked about, and how
+        words = {r["word"]: r | dict(synonyms=[s for s in r["synonyms"].split("|") if s]) for r in csv.DictReader(f)}
+    names = [c.replace("_", " ") for c in args.concept]
+    args.concepts = [c.lower() if c.lower() in words else c for c in names]   # others keep their capitals, and so have no article
+    args.vocabulary = {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | words
     args.judge = args.judge or (str(HERE / "tiny/judge") if args.is_tiny else LLAVA)
     args.fid = args.fid or ("judge" if args.is_tiny else "inception" if args.num_pictures > 2048 else "none")
     args.batch = args.batch or (32 if args.is_tiny else 4)
@@ -718,7 +724,8 @@ def complete(args, paths: list[Path]) -> argparse.Namespace:
 @cache
 def load_judge(name: str, flag: str, dtype) -> ClipJudge | VlmJudge | DetectorJudge:
     """On the CPU until all pictures are drawn. Raises UserError."""
-    return judge_class(name, flag)(name, "cpu", dtype)
+    kind = judge_class(name, flag)
+    return kind(name, "cpu", dtype if kind is VlmJudge else torch.float32)    # bf16 would round SigLIP's scale and bias
 
 
 load_pipeline = cache(erase.load_pipeline)                            # one base for all folders
@@ -732,14 +739,10 @@ def load_judges(args) -> tuple:
     clip = None if args.clip == "none" else judge if args.clip == args.judge else load_judge(args.clip, "--clip", dtype)
     if clip and not isinstance(clip, ClipJudge):
         raise UserError(f"--clip: {args.clip} is no SigLIP or CLIP model")
+    for each in filter(None, (judge, clip)):
+        each.model.to("cpu")                                          # where another folder's evaluation may have left it on the GPU
+    args.threshold = judge.threshold if args.threshold is None else args.threshold
     return judge, clip
-
-
-def read_vocabulary(args) -> dict[str, dict]:
-    """{word: {kind, question, synonyms}}: what the judge can be asked about, and how; args.concepts at least."""
-    with open(args.prompt_dir / "vocabulary.csv", newline="") as f:
-        words = {r["word"]: r | dict(synonyms=[s for s in r["synonyms"].split("|") if s]) for r in csv.DictReader(f)}
-    return {c: dict(kind="object", question=erase.noun_phrase(c), synonyms=[]) for c in args.concepts} | words
 
 
 def filter_pairs(args) -> None:
@@ -759,9 +762,10 @@ def filter_pairs(args) -> None:
     if not all(neutrals):
         raise UserError("--filter: a neutral prompt is empty, so that there is no background to compare")
     judge, clip = load_judges(args)
-    pictures = erase.draw(load_pipeline(args.model, args.device), prompts + neutrals, seeds + seeds, args, args.batch)
-    question, threshold = judge.form.format(read_vocabulary(args)[concept]["question"]), judge.threshold if args.threshold is None else args.threshold
-    seen, scores = [], []
+    pipe = load_pipeline(args.model, "cpu", erase.default_dtype(args.device)).to(args.device)
+    pictures = erase.draw(pipe, prompts + neutrals, seeds + seeds, args, args.batch)
+    pipe.to("cpu")
+    question, seen, scores = judge.form.format(args.vocabulary[concept]["question"]), [], []
     for each in (judge, clip):
         each.model.to(args.device)
     for part in batches(list(zip(pictures, neutrals + neutrals)), 32):
@@ -769,7 +773,7 @@ def filter_pairs(args) -> None:
         seen += [p for p, in judge(list(shown), [[question]] * len(part))]
         scores += clip.similarity(list(shown), list(texts)).tolist()
     n = len(rows)
-    kept = [row | dict(background_gap=round(abs(scores[i] - scores[n + i]), 4)) for i, row in enumerate(rows) if seen[i] > threshold >= seen[n + i]]
+    kept = [row | dict(background_gap=round(abs(scores[i] - scores[n + i]), 4)) for i, row in enumerate(rows) if seen[i] > args.threshold >= seen[n + i]]
     print(f"{len(kept)} of {n} training pairs show {concept} under the prompt and not under the neutral one; {args.dropped} prompts about minors dropped", flush=True)
     if not kept:
         raise UserError("--filter: no pair passes")
@@ -782,14 +786,13 @@ def filter_pairs(args) -> None:
 
 def run(args, check_only: bool = False) -> dict | None:
     """One evaluation, written to args.out_dir; the results of every column, on the main process. check_only: what can be wrong, nothing else."""
-    began, state = time.time(), PartialState(cpu=args.device == "cpu")
+    began, state = time.time(), PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))      # the others wait while one scores
     if state.num_processes > 1:
         args.device = str(state.device)
-    (judge, clip), vocabulary, args.dropped = load_judges(args), read_vocabulary(args), 0
+    (judge, clip), args.dropped = load_judges(args), 0
     if args.fid == "judge" and not clip:
         raise UserError("--fid judge: takes the features of a SigLIP or CLIP model, but --clip is none")
-    threshold = judge.threshold if args.threshold is None else args.threshold
-    cases = make_cases(args, vocabulary, clip)
+    cases = make_cases(args, clip)
     by_set = Counter(c["set"] for c in cases)
     features = None if args.fid == "none" else JudgeFeatures(clip) if args.fid == "judge" else 2048
     if args.real and not features:
@@ -800,15 +803,19 @@ def run(args, check_only: bool = False) -> dict | None:
         fid_metric(features, min([by_set["retain"], *([len(args.real_files)] if args.real else [])]))
     nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 or "nudity" in args.concepts else None
 
-    pipe = load_pipeline(args.model, args.device)
+    pipe = load_pipeline(args.model, "cpu", erase.default_dtype(args.device))
     base = Column("base", args.out_dir / "base", lambda: pipe, weights=erase.fingerprint(pipe.transformer))
     erased = [make_column(path, args, pipe) for path in args.paths]
     columns = [base, *erased]
     if args.controls:
         columns.append(Column("base again", args.out_dir / "base_again", base.load, {}, base.weights))
-        if masked := next((c for c in erased if c.gates), None):
+        masked = next((c for c in erased if c.gates), None)
+        trained = masked and (Path(masked.name) / "state.safetensors").is_file()
+        if not trained and state.is_main_process:
+            print(f"--controls: {'no soft gates: no state.safetensors' if masked else 'neither random nor soft gates: no mask'} in {' '.join(map(str, args.paths))}", flush=True)
+        if masked:
             columns.append(Column("random gates", args.out_dir / "random_gates", base.load, random_mask(masked.gates), f"{masked.weights}, shuffled at each site"))
-            if (Path(masked.name) / "state.safetensors").is_file():
+            if trained:
                 columns.append(Column("soft gates", args.out_dir / "soft_gates", base.load, soft_gates(Path(masked.name)), masked.weights))
     about = dict(concept=args.concept, model=erase.portable_name(args.model), dtype=str(pipe.dtype), height=args.height, width=args.width,
                  num_inference_steps=args.num_inference_steps, max_sequence_length=args.max_sequence_length)
@@ -817,15 +824,13 @@ def run(args, check_only: bool = False) -> dict | None:
     check_columns(columns, cases, known, args)
     if check_only:
         return None
-    for each in filter(None, (judge, clip)):
-        each.model.to("cpu")
-    pipe.to(args.device)
     state.wait_for_everyone()                                         # all have looked
     for file, now in known.items() if state.is_main_process else ():
         file.parent.mkdir(parents=True, exist_ok=True)
         erase.write_atomically(file, lambda p: p.write_text(json.dumps(now, indent=1) + "\n"))
     too_long = lambda texts, tokenizer, limit: sum(len(ids) > limit for ids in tokenizer(texts, verbose=False).input_ids)
-    cut = dict(T5=too_long([c["prompt"] for c in cases], pipe.tokenizer_2, args.max_sequence_length))
+    texts = [c["prompt"] for c in cases]
+    cut = dict(T5=too_long(texts, pipe.tokenizer_2, args.max_sequence_length), CLIP=too_long(texts, pipe.tokenizer, pipe.tokenizer.model_max_length))
     if clip:
         cut["CLIP score"] = too_long([c["prompt"] for c in cases if c["set"] in SCORED], clip.processor.tokenizer, clip.max_tokens)
     if state.is_main_process:
@@ -836,27 +841,26 @@ def run(args, check_only: bool = False) -> dict | None:
         draw_missing(column, cases, args, state)
     drawn = time.time()
 
-    pipe.to("cpu")
     for each in filter(None, (judge, clip)):
         each.model.to(args.device)
-    scores = {c.name: judged(c, cases, judge, lambda word: judge.form.format(vocabulary[word]["question"]), state) for c in columns}
+    scores = {c.name: judged(c, cases, judge, lambda word: judge.form.format(args.vocabulary[word]["question"]), state) for c in columns}
     if not state.is_main_process:
         return None
     results = {}
     for c in columns:
-        results[c.name] = score_column(c, base, results.get("base"), cases, scores[c.name], threshold, clip, features, args)
+        results[c.name] = score_column(c, base, results.get("base"), cases, scores[c.name], clip, features, args)
         if nudenet:
             files = c.files([case for case in cases if case["set"] == "concept"])
             boxes = {f.name: nudenet(f) for f in tqdm(files, desc=f"nudenet {c.name}")}
             erase.write_atomically(args.out_dir / f"nudenet_{c.folder.name}.json", lambda p: p.write_text(json.dumps(boxes)))
             results[c.name] |= nudenet.rates(list(boxes.values()))
     snapshot = None if Path(args.model).exists() else try_to_load_from_cache(args.model, "model_index.json")
-    ours = [args.prompt_dir / f"{name.replace(' ', '_')}.csv" for name in (*args.concepts, "templates", "retain", "vocabulary")]
+    ours = [args.prompt_dir / f"{name.lower().replace(' ', '_')}.csv" for name in (*args.concepts, "templates", "retain", "vocabulary")]
     used = [f for f in (*ours, *(Path(spec.partition("#")[0]) for spec in (args.prompts, args.retain) if spec)) if f.is_file()]
     about |= dict(
         model_revision=Path(snapshot).parent.name if isinstance(snapshot, str) else None, base_fingerprint=base.weights, weights={c.name: c.weights for c in erased},
         judge=erase.portable_name(args.judge), judge_revision=getattr(judge.model.config, "_commit_hash", None), judge_fingerprint=erase.fingerprint(judge.model),
-        threshold=threshold, clip_backbone=clip and erase.portable_name(args.clip), clip_fingerprint=clip and erase.fingerprint(clip.model),
+        threshold=args.threshold, clip_backbone=clip and erase.portable_name(args.clip), clip_fingerprint=clip and erase.fingerprint(clip.model),
         fid_features=args.fid, nudenet=nudenet and ("2" if args.nudenet_v2 else version("nudenet")), pictures=by_set,
         different_prompts={set_: len({c["prompt"] for c in cases if c["set"] == set_}) for set_ in by_set}, prompts_about_minors_dropped=args.dropped, prompts_cut=cut,
         cases_sha256=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),

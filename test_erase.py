@@ -724,7 +724,7 @@ def test_texts_cut_short_are_counted(evaluation):
     from transformers import AutoTokenizer
     listed = json.loads((evaluation[0] / "base/cases.json").read_text())["cases"]
     count = lambda name, limit, sets: sum(len(AutoTokenizer.from_pretrained(HERE / name)(c["prompt"]).input_ids) > limit for c in listed if c["file"].startswith(sets))
-    assert evaluation[1]["about"]["prompts_cut"] == {"T5": count("tiny/flux/tokenizer_2", 24, ""), "CLIP score": count("tiny/judge", 12, ("concept", "retain"))}
+    assert evaluation[1]["about"]["prompts_cut"] == {"T5": count("tiny/flux/tokenizer_2", 24, ""), "CLIP": count("tiny/flux/tokenizer", 32, ""), "CLIP score": count("tiny/judge", 12, ("concept", "retain"))}
     assert 0 < evaluation[1]["about"]["prompts_cut"]["CLIP score"] < 20
     assert evaluation[1]["about"]["different_prompts"]["neighbours"] == len({c["prompt"] for c in listed if c["file"].startswith("neighbours")})
 
@@ -947,6 +947,28 @@ def test_prompt_sets(tmp_path):
     kept = evaluate.drop_minors([dict(prompt=p) for p in ("a girl on a beach", "a 15-year-old at school", "a woman of 30 years", "a kidney bean", "two Teenagers",
                                                                "a twelve year old", "a twenty-seven-year-old")], args)
     assert [r["prompt"] for r in kept] == ["a woman of 30 years", "a kidney bean", "a twenty-seven-year-old"] and args.dropped == 4
+
+
+def test_names_and_neighbours_of_several_concepts(erased):
+    """A name outside the vocabulary keeps its capitals, and so has no article; a word near two concepts is asked for once."""
+    args = evaluate.complete(evaluate.parse_args([str(erased), "--concept", "Taylor Swift", "GUN", "knife", "--num_pictures", "2", "--per_neighbour", "2"]), [erased])
+    assert args.concepts == ["Taylor Swift", "gun", "knife"] and args.vocabulary["Taylor Swift"]["question"] == "Taylor Swift"
+    args.dropped, clip = 0, evaluate.load_judges(args)[1]
+    cases = evaluate.make_cases(args, clip)
+    drawn = [(c["prompt"], c["seed"]) for c in cases if c["set"] == "neighbours"]
+    near = [w for c in args.concepts for w in evaluate.nearest_words(c, args.vocabulary, clip, args)]
+    assert len(drawn) == len(set(drawn)) == 2 * len(set(near)) < 2 * len(near)
+    assert all(re.search(r"(?<!a )Taylor Swift", c["prompt"]) for c in cases if ("acc", "Taylor Swift") in c["asks"])
+
+
+def test_half_a_jpeg_is_no_picture(tmp_path):
+    """A torn picture of any format is found before anything is drawn."""
+    from PIL import Image
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1000])
+    evaluate.check_picture(tmp_path / "a.jpg")
+    with pytest.raises(evaluate.UserError, match="b.jpg: is no whole picture"):
+        evaluate.check_picture(tmp_path / "b.jpg")
 
 
 def test_compare_takes_baselines(erased, evaluation, tmp_path):
