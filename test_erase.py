@@ -1087,7 +1087,7 @@ def victim(pipe):
     return base, attacks.Model(pipe, mask, args), base.vocabularies
 
 
-BUDGET = dict(ga_generations=12, ga_population=20, mma_steps=12, mma_candidates=24, p4d_steps=3, p4d_candidates=8, uda_steps=3, uda_candidates=8)
+BUDGET = dict(ring_a_bell=(12, 20), mma=(12, 24), p4d=(3, 8), unlearn_diff=(3, 8))
 
 
 def test_text_from_embeddings_equals_the_pipelines(victim, pipe):
@@ -1129,7 +1129,7 @@ def test_genetic_fitness_never_falls(victim):
     import random
     base, _, vocabularies = victim
     history = []
-    attacks.genetic_search(base, vocabularies["t5"], base.read("t5", "a gun on a red background"), BUDGET, random.Random(0), history)
+    attacks.genetic_search(base, vocabularies["t5"], base.read("t5", "a gun on a red background"), *BUDGET["ring_a_bell"], random.Random(0), history)
     assert all(b <= a for a, b in zip(history, history[1:])) and history[-1] < history[0]
 
 
@@ -1158,7 +1158,7 @@ def test_unmasking_is_exact_and_the_folded_model_has_nothing_to_remove(victim):
     with erased.on():
         masked = erased.trajectory(base.noise([1]), text)[-1]
     assert torch.equal(base.trajectory(base.noise([1]), text)[-1], before) and not torch.equal(masked, before)
-    assert torch.equal(attacks.with_transformer(erased, attacks.folded(erased)).trajectory(base.noise([1]), text)[-1], masked)
+    assert torch.equal(attacks.folded(erased).trajectory(base.noise([1]), text)[-1], masked)
 
 
 def test_relearning_and_closed_neurons(victim):
@@ -1167,7 +1167,7 @@ def test_relearning_and_closed_neurons(victim):
     base, erased, _ = victim
     rows = [dict(prompt="a gun on a red background"), dict(prompt="a gun on a blue background")]
     for hold in (True, False):
-        transformer = attacks.relearn(erased, base, rows, 2, hold)
+        transformer = attacks.relearn(erased, base, rows, 2, hold).pipe.transformer
         for site, layer, regrows in (("transformer_blocks.0.ff_context.net.0", "proj", False), ("transformer_blocks.0.norm1_context.linear", "", not hold)):
             weights = [m.get_submodule(f"{site}.{layer}".strip(".")).weight for m in (transformer, base.pipe.transformer)]
             off = erased.mask[site] == 0
@@ -1175,9 +1175,25 @@ def test_relearning_and_closed_neurons(victim):
             assert not torch.equal(weights[0][~off], weights[1][~off])
 
 
+def test_regrow_fills_what_the_fold_zeroed(victim):
+    """The completion starts from the mean of the known rows, so that zeroed rows come back, and leaves the rest alone."""
+    base, erased, _ = victim
+    regrown, zeroed = attacks.regrow(attacks.folded(erased)).pipe.transformer, attacks.folded(erased).pipe.transformer
+    for name in ("ff_context.net.0.proj", "norm1_context.linear"):
+        now, then = (m.get_submodule(f"transformer_blocks.0.{name}").weight for m in (regrown, zeroed))
+        off = (then == 0).all(1)
+        assert off.any() and (now[off] != 0).all() and torch.equal(now[~off], then[~off])
+
+
+def test_an_answer_that_is_neither_yes_nor_no_is_no_sighting():
+    """A NaN among the judge's answers hides no other picture's score."""
+    s = argparse.Namespace(question="a gun", judge=lambda pictures, questions: [[math.nan], [0.9]])
+    assert attacks.score(s, [None, None]) == [0.0, 0.9]
+
+
 def test_attacks_command_line(erased, tmp_path):
-    """Every attack runs through the real command line; the same command again finds its records, adds none and ends in the same figures."""
-    budget = dict(attacks.BUDGETS["quick"] | BUDGET, prompts=1, seeds=2, inversion_steps=2, noise_steps=1)
+    """Every attack runs through the real command line; the same command again finds its records, makes the torn one anew and ends in the same figures."""
+    budget = dict(attacks.BUDGETS["quick"] | BUDGET, prompts=1, seeds=2, inversion=2, noise=1)
     code = f"import attacks, sys; attacks.BUDGETS['quick'] = {budget}; sys.exit(attacks.main(sys.argv[1:]))"
     names = [a for a in (*attacks.TEXT, *attacks.PROBES, *attacks.WEIGHTS)]
     command = [sys.executable, "-c", code, str(erased), "--attack", *names, "--prompts", "prompts/tiny/gun.csv", "--num_prompts", "1", "--oracle", "tiny/flux", "--device", "cpu",
@@ -1188,6 +1204,7 @@ def test_attacks_command_line(erased, tmp_path):
         assert done.returncode == 0, done.stderr
         results = json.loads((tmp_path / "results.json").read_text())
         outcomes.append(({k: v for k, v in results.items() if k != "seconds"}, (tmp_path / "attacks.jsonl").read_text()))
+        write(tmp_path / "attacks.jsonl", outcomes[0][1].rpartition("}}")[0] + "}")           # as a kill may leave the last line
     assert outcomes[0] == outcomes[1]
     assert {p.name for p in tmp_path.iterdir()} == {"attacks.jsonl", "results.json", "report.md", "attacks.png"}
     attack = outcomes[0][0]["attacks"]
@@ -1204,6 +1221,9 @@ def test_attacks_command_line(erased, tmp_path):
     (["{erased}", "--concept", "cat"], "--concept: 'cat' is not what"),
     (["{erased}", "--num_prompts", "0"], "--num_prompts: must be at least 1"),
     (["{erased}", "--oracle", "prompts"], "--oracle: prompts is no diffusers pipeline"),
+    (["{erased}", "--where", "a>1"], "--where: goes with --prompts"),
+    (["{erased}", "--threshold", "2"], "--threshold: must be between 0 and 1, not 2.0"),
+    (["{erased}", "--judge", ""], "--judge: is empty"),
     (["{erased}", "--judge", "no/such"], "--judge: cannot load no/such"),
 ])
 def test_bad_attack(arguments, message, erased, tmp_path, capsys, monkeypatch):
