@@ -628,7 +628,7 @@ def test_paper_preset_is_table_6():
 def test_every_readme_command_parses(script, count, tmp_path, monkeypatch):
     """Each `python <script>.py ...` line of README's code blocks is accepted by the real argparse."""
     name = f"{script.__name__}.py "
-    lines = [line.split("&&")[-1].split("#")[0] for line in (HERE / "README.md").read_text().splitlines() if name in line and line.startswith(("python", "pip", "accelerate"))]
+    lines = [line.split("&&")[-1].split("#")[0] for line in (HERE / "README.md").read_text().splitlines() if name in line and line.startswith(("python", "pip", "torchrun"))]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts").symlink_to(HERE / "prompts")
     assert len(lines) >= count
