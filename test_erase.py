@@ -633,7 +633,7 @@ def test_every_readme_command_parses(script, count, tmp_path, monkeypatch):
     (tmp_path / "prompts").symlink_to(HERE / "prompts")
     assert len(lines) >= count
     for arguments in [shlex.split(line.split(name)[1]) for line in lines]:
-        for folder in [a for a in arguments if a.startswith(("erased/", "baselines/"))] if script is not erase else ():
+        for folder in [a for a in arguments if a.startswith(("erased/", "baselines/", "tiny/work"))] if script is not erase else ():
             Path(folder).mkdir(parents=True, exist_ok=True)
             write(Path(folder) / "config.json", "{}"), write(Path(folder) / "mask.safetensors", "")
         script.parse_args(arguments)
