@@ -277,10 +277,10 @@ def unlearn_diff(model: Model, teacher: Model, case: dict, s, rng) -> dict:
 
 # -------------------------------------------------------------------------------------------------- knowledge probes
 def concept_pictures(model: Model, teacher: Model, prompts: list[str], first: int) -> list[tuple]:
-    """[(noise, text, x_0)] as the base draws them, one noise each."""
+    """[(noise, the model's own reading of the prompt, x_0 as the base draws it)], one noise each."""
     with teacher.on():
-        drawn = [(model.noise([SEARCH_NOISE + first + i]), teacher.text(prompt)) for i, prompt in enumerate(prompts)]
-        return [(noise, text, teacher.trajectory(noise, text)[-1]) for noise, text in drawn]
+        noises = [model.noise([SEARCH_NOISE + first + i]) for i in range(len(prompts))]
+        return [(noise, model.text(prompt), teacher.trajectory(noise, teacher.text(prompt))[-1]) for noise, prompt in zip(noises, prompts)]
 
 
 def invert(model: Model, teacher: Model, pairs: list[dict], m: int, steps: int) -> dict:
@@ -505,7 +505,7 @@ def run(args) -> None:
           + (f"; {counts.dropped} prompts about minors dropped" if counts.dropped else ""), flush=True)
 
     jobs = [("random tokens", name, cases) for name in models if set(args.attack) & set(TEXT)]      # (attack, model's name, cases)
-    makers = {}                                                       # {attack on the weights: what makes its model}
+    makers = {}                                                       # {(attack on the weights, model's name): what makes the attacked model}
     for attack in dict.fromkeys(args.attack):
         if attack in TEXT:
             part = replayed if attack == "replay" else [c for c in cases if attack != "synonyms" or c["synonyms"]]
@@ -521,14 +521,15 @@ def run(args) -> None:
         elif attack == "noise":
             jobs += [("noise", name, cases) for name in others]
         elif attack == "unmask":                                      # what deleting the mask file gives: of the folded weights, nothing comes back
-            makers |= {"unmask, mask as a file": lambda: base, "unmask, folded": lambda: folded(erased)}
+            makers |= {("unmask, mask as a file", "erased"): lambda: base, ("unmask, folded", "erased"): lambda: folded(erased)}
         elif attack == "regrow":
-            makers["regrow"] = lambda: regrow(folded(erased))
-        else:
+            makers["regrow", "erased"] = lambda: regrow(folded(erased))
+        else:                                                         # an oracle learns the concept for the first time
             for how, rows, hold in (("closed stay zero", s.pairs, True), ("all free", s.pairs, False), ("control: retain pictures", s.retain, True)):
-                makers |= {f"relearn {steps}, {how}": functools.partial(relearn, erased, base, rows[:8], steps, hold) for steps in (10, 50, 200)}
-    jobs += [(attack, "erased", cases) for attack in makers]
-    make = functools.lru_cache(1)(lambda attack: makers[attack]())    # when first attacked, so that a resumed run relearns nothing again
+                makers |= {(f"relearn {steps}, {how}", name): functools.partial(relearn, models[name], base, rows[:8], steps, hold)
+                           for steps in (10, 50, 200) for name in others if models[name].mask or not hold or rows is s.retain}
+    jobs += [(attack, name, cases) for attack, name in makers]
+    make = functools.lru_cache(1)(lambda *key: makers[key]())         # when first attacked, so that a resumed run relearns nothing again
 
     todo = [(attack, name, case) for attack, name, part in jobs for case in part if (attack, name, case["name"]) not in done]
     erase.write_atomically(log, lambda p: p.write_text("".join(f"{line}\n" for line in lines)))
@@ -536,7 +537,7 @@ def run(args) -> None:
         for attack, name, case in (bar := tqdm(todo, desc="attack")):
             bar.set_postfix_str(f"{attack} on {name}")
             spent.clear()
-            result = attack_case(attack, make(attack) if attack in makers else models[name], base, case, s)
+            result = attack_case(attack, make(attack, name) if (attack, name) in makers else models[name], base, case, s)
             records.append(dict(attack=attack, target=name, case=case["name"], prompt=case["prompt"], **result, spent=dict(spent), about=about))
             f.write(json.dumps(records[-1]) + "\n"), f.flush()
 
