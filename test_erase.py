@@ -635,7 +635,8 @@ def test_every_readme_command_parses(script, count, tmp_path, monkeypatch):
     for arguments in [shlex.split(line.split(name)[1]) for line in lines]:
         for folder in [a for a in arguments if a.startswith(("erased/", "baselines/", "tiny/work"))] if script is not erase else ():
             Path(folder).mkdir(parents=True, exist_ok=True)
-            write(Path(folder) / "config.json", "{}"), write(Path(folder) / "mask.safetensors", "")
+            for name in ("config.json", "mask.safetensors", "model_index.json"):
+                write(Path(folder) / name, "{}")
         script.parse_args(arguments)
 
 
