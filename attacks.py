@@ -479,14 +479,16 @@ def run(args) -> None:
 
     pipe, banned = erase.load_pipeline(eval_args.model, args.device), [concept, *synonyms]
     mask = erase.load_mask(args.erased / "mask.safetensors", pipe.transformer)
-    models = dict(erased=Model(pipe, mask, eval_args, banned), base=Model(pipe, {}, eval_args, banned))
+    erased = Model(pipe, mask, eval_args, banned)
+    base = copy.copy(erased)                                          # the same encoders and vocabularies, which take a while for FLUX
+    base.mask, models = {}, dict(erased=erased, base=base)
     if args.oracle:
         models["oracle"] = Model(erase.load_pipeline(str(args.oracle), args.device), {}, eval_args, banned)
-    erased, base, others = models["erased"], models["base"], [name for name in models if name != "base"]
+    others, encoders = [name for name in models if name != "base"], {m.pipe.text_encoder: m for m in models.values()}
     if not nudity:
         s.judge.model.to(args.device)
     threshold, s.question = s.judge.threshold if args.threshold is None else args.threshold, s.judge.form.format(s.question)
-    s.direction = {m.pipe.text_encoder: {side: m.direction(side, s.pairs) for side in m.vocabularies} for m in models.values()}
+    s.direction = {encoder: {side: m.direction(side, s.pairs) for side in m.vocabularies} for encoder, m in encoders.items()}
     s.knob_lengths = [n for n in (eval_args.max_sequence_length // 2, eval_args.max_sequence_length * 2) if n <= pipe.tokenizer_2.model_max_length]
     s.soft = functools.lru_cache(1)(lambda model, m: invert(model, base, s.pairs, m, s.budget["inversion"]))
 
