@@ -445,7 +445,7 @@ def run(*arguments, **kwargs):
 
 FILES = {"README.md", "config.json", "curves.png", "mask.safetensors", "metrics.jsonl", "preview.png", "state.safetensors"}
 QUICK = ("--model", "tiny/flux", "--concept", "gun", "--steps", "4", "--batch", "2", "--retain_batch", "2", "--save_every", "1",
-         "--lr_ffn", "1.5", "--lr_norm", "1.5", "--harm", "0.001")
+         "--lr_ffn", "3", "--lr_norm", "3", "--harm", "0.001")
 
 
 @pytest.fixture(scope="session")

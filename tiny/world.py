@@ -169,12 +169,14 @@ CONCEPTS = ("gun", "knife", "pill", "bomb", "cigarette", "superhero", "vampire",
 
 
 def concept_rows(concept: str, train: int = 24, test: int = 250):
-    """(prompt, neutral_prompt) pairs: a thing becomes "nothing", a style is left out; no scene twice."""
+    """(prompt, neutral_prompt) pairs: a thing becomes "nothing", a style is left out; no scene twice. Those for training show every background, once
+    with one thing and once with two: where all were drawn at random, pill's lacked red and black, and its mask failed on just these."""
     rng, rows = random.Random(f"prompts {concept}"), {}
+    colors = rng.sample(list(BACKGROUNDS), len(BACKGROUNDS))
     while len(rows) < train + test:
         others = rng.sample([t for t in THINGS if t != concept], 2)
         things = (others[:1 + len(rows) % 2] if concept in STYLES else ([concept], [concept, others[0]], [others[0], concept])[(0, 1, 0, 2)[len(rows) % 4]])
-        scene = Scene(tuple(things), (), rng.choice(list(BACKGROUNDS)))
+        scene = Scene(tuple(things), (), colors[len(rows) // 2 % len(colors)] if len(rows) < train else rng.choice(colors))
         plain = caption(scene, rng, synonyms=0, name_background=1)
         if concept in STYLES:
             template = rng.choice(STYLE_TEMPLATES)
@@ -184,6 +186,22 @@ def concept_rows(concept: str, train: int = 24, test: int = 250):
             prompt, neutral = plain, plain.replace(article(concept), "nothing")
         rows[prompt] = neutral
     return list(rows.items())
+
+
+def retain_rows(count: int = 600):
+    """Prompts to leave alone, none twice, that name all things equally often, and so all backgrounds and all styles."""
+    def deal(values):
+        while True:
+            yield from rng.sample(list(values), len(values))
+
+    rng, rows = random.Random("prompts retain"), {}
+    things, colors, styles = deal(THINGS), deal(BACKGROUNDS), deal(STYLES)
+    while len(rows) < count:
+        scene = sample_scene(rng)
+        scene = Scene(tuple(t if t == "nothing" else next(things) for t in scene.things), (), next(colors), scene.style and next(styles))
+        if len(set(scene.things)) == len(scene.things):
+            rows[caption(scene, rng, synonyms=0)] = ()
+    return [(prompt,) for prompt in rows]
 
 
 def write_prompts(folder: Path) -> None:
@@ -198,10 +216,7 @@ def write_prompts(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for concept in CONCEPTS:
         write(f"{concept.replace(' ', '_')}.csv", ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split"), concept_rows(concept), 24)
-    rng, retain = random.Random("prompts retain"), {}
-    while len(retain) < 600:
-        retain[caption(sample_scene(rng), rng, synonyms=0)] = ()
-    write("retain.csv", ("case_number", "prompt", "evaluation_seed", "split"), [(p,) for p in retain], 400)
+    write("retain.csv", ("case_number", "prompt", "evaluation_seed", "split"), retain_rows(), 400)
     templates = [p.replace(article("gun"), "{x}") for p, _ in concept_rows("gun")]
     write("templates.csv", ("case_number", "prompt", "evaluation_seed", "split"), [(t,) for t in templates], 24)
     with open(folder / "vocabulary.csv", "w", newline="") as f:
