@@ -170,22 +170,22 @@ def gate_sites(transformer: FluxTransformer2DModel, modules=("ffn", "norm")) -> 
 
 @contextlib.contextmanager
 def gated(transformer: FluxTransformer2DModel, gates: dict[str, torch.Tensor]):
-    """Multiply each site's output by its gates inside the `with`; the hooks go with it, whatever happens. Raises KeyError or
-    ValueError for gates that do not fit the model."""
+    """Multiply each site's output by its gates, (units,) or (B, units), inside the `with`; the hooks go with it, whatever happens. Raises
+    KeyError or ValueError for gates that do not fit the model."""
     sizes = gate_sites(transformer, MODULES)
 
-    def scale(output, g):                                          # (..., units) * (units,)
-        return output * g.to(output.device, output.dtype)
+    def scale(output, g):                                          # (B, maybe tokens, units)
+        return output * g.to(output.device, output.dtype).view(*g.shape[:-1], *[1] * (output.dim() - g.dim()), -1)
 
     def scale_heads(inputs, g):                                    # (B, tokens, heads * d, maybe more): whole heads
-        width, per_head = transformer.inner_dim, transformer.inner_dim // g.numel()
-        x, g = inputs[0], g.repeat_interleave(per_head)
+        width, per_head = transformer.inner_dim, transformer.inner_dim // g.shape[-1]
+        x, g = inputs[0], g.repeat_interleave(per_head, -1)
         return (torch.cat([scale(x[..., :width], g), x[..., width:]], -1),)
 
     with contextlib.ExitStack() as hooks:
         for site, g in gates.items():
-            if sizes[site] != g.numel():
-                raise ValueError(f"{site} has {sizes[site]} units, the gates {g.numel()}")
+            if sizes[site] != g.shape[-1]:
+                raise ValueError(f"{site} has {sizes[site]} units, the gates {g.shape[-1]}")
             if not site.endswith(".attn"):
                 hooks.enter_context(transformer.get_submodule(site).register_forward_hook(lambda m, i, out, g=g: scale(out, g)))
                 continue
@@ -679,14 +679,14 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     transformer, generator = cases.pipe.transformer, torch.Generator().manual_seed(args.seed)
     harm = {site: torch.zeros(units, device=transformer.device) for site, units in sites.items()}
     chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures)
-    for case in tqdm(chosen, desc="harm", disable=not PartialState().is_main_process):
-        noise, text, *_ = cases.batch([case], args.num_inference_steps)         # its target is kept for the training
+    for i in tqdm(range(0, pictures, args.micro_batch), desc="harm", disable=not PartialState().is_main_process):
+        noise, text, *_ = cases.batch(chosen[i:i + args.micro_batch], args.num_inference_steps)         # the targets are kept for the training
         v = torch.randn(noise.shape, generator=generator).to(noise.device)
-        gates = {site: torch.ones(units, device=noise.device, requires_grad=True) for site, units in sites.items()}
+        gates = {site: torch.ones(len(noise), units, device=noise.device, requires_grad=True) for site, units in sites.items()}       # each picture's own
         with gated(transformer, gates):
             rollout_backward(transformer, noise, text, cases.sigmas[args.num_inference_steps], cases.grid, lambda final: (final.float() * v).sum(), args.checkpoint)
         for site, g in gates.items():
-            harm[site] += g.grad.square() / (pictures * noise[0].numel())
+            harm[site] += g.grad.square().sum(0) / (pictures * noise[0].numel())
     return {site: h.cpu() for site, h in reduce(harm, "mean").items()}         # the same in every process, where a GPU's sums may differ
 
 
@@ -699,7 +699,7 @@ def train(cases: Cases, sites: dict[str, int], args, out_dir: Path) -> dict[str,
     latest = torch.full((cases.num_pairs + cases.num_retain,), math.inf)          # each case's error when it was last seen
     start = load_state(out_dir, gate_logits, optimizer, latest)
     threshold = closing_threshold(gate_logits, args.max_closed)
-    harm = harms(cases, sites, args, min(240, args.steps * args.retain_batch)) if args.harm and start < args.steps else {}
+    harm = harms(cases, sites, args, min(960, args.steps * args.retain_batch)) if args.harm and start < args.steps else {}
     metrics = open(out_dir / "metrics.jsonl" if state.is_main_process else os.devnull, "a")
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="erase", disable=not state.is_main_process)
     for step in bar:
