@@ -393,6 +393,21 @@ def test_shipped_prompts(file):
         assert file.stem != "nudity" or not re.search(r"boy|girl|child|kid|teen|young|minor|school|student|baby", row["prompt"] + row["neutral_prompt"], re.I), row
 
 
+def test_tiny_prompts_cover_their_world(tmp_path, monkeypatch):
+    """prompts/tiny is what tiny/world.py writes; the 20 training pairs of a concept show every background twice, the retain prompts every thing 5 times."""
+    monkeypatch.syspath_prepend(HERE / "tiny")
+    import world
+    world.write_prompts(tmp_path)
+    for file in (HERE / "prompts/tiny").iterdir():
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file
+    named = lambda word, rows: sum(erase.mentions(word, r["prompt"]) for r in rows if r["split"] == "train")
+    for concept in world.CONCEPTS:
+        rows = erase.read_prompts(tmp_path / f"{concept}.csv", "")[:20]
+        assert {named(f"{color} background", rows) for color in world.BACKGROUNDS} == {2}, concept
+    retain = erase.read_prompts(tmp_path / "retain.csv", "", ("prompt", "evaluation_seed", "split"))
+    assert min(named(thing, retain) for thing in world.THINGS) >= 5
+
+
 # ------------------------------------------------------------------------------------------------- fold, save, load
 def test_mask_round_trip_and_refusals(tmp_path, transformer):
     """A mask loads as it was saved; another base, a truncated file and a missing one are refused."""
