@@ -639,25 +639,29 @@ class Cases:
                 weights = weights.clamp(max=max([1e-6, *weights[weights.isfinite()].tolist()])) + 1e-6
                 chosen += rng.choices(cases, weights.tolist(), k=count)
             chosen += rng.choices(cases, k=size - count)
-        return [(case, noise + rng.randrange(self.args.noise_seeds)) for case in chosen]
+        return [(case, noise + rng.randrange(self.args.noise_seeds or 2**20)) for case in chosen]
 
-    def batch(self, cases, num_inference_steps: int):
-        """noise (B, T, C), text, target = base outputs (B, T, C) under the neutral prompt or the same prompt, is_concept (B,)."""
-        device, transformer = self.pipe.transformer.device, self.pipe.transformer
-        noise = init_latents(self.pipe, [seed for _, seed in cases], self.args.height, self.args.width).to(device)
+    def inputs(self, cases):
+        """noise (B, T, C) and text of [(case, noise seed)]."""
+        noise, device = init_latents(self.pipe, [seed for _, seed in cases], self.args.height, self.args.width), self.pipe.transformer.device
+        return noise.to(device), stack([self.text[case] for case, _ in cases], device)
+
+    def targets(self, cases, noise, num_inference_steps: int) -> torch.Tensor:
+        """Base outputs (B, T, C) under the neutral prompt or the same prompt, each computed once."""
         keys = [(*case, num_inference_steps) for case in cases]
-        for i, key in enumerate(keys):                             # one at a time: the same bits whatever else is in the batch
-            if key not in self.finals:
-                text = stack([self.base_text[key[0]]], device)
-                self.finals[key] = rollout(transformer, noise[i:i + 1], text, self.sigmas[num_inference_steps], self.grid)[-1][0].cpu()
-        target = torch.stack([self.finals[key] for key in keys]).to(device)
-        is_concept = torch.tensor([case < self.num_pairs for case, _ in cases], device=device)
-        return noise, stack([self.text[case] for case, _ in cases], device), target, is_concept
+        size = 1 if self.args.noise_seeds else self.args.micro_batch         # alone if it may be met again: the same bits whatever else is in the batch
+        for part in (slice(i, i + size) for i in range(0, len(keys), size)):
+            if any(key not in self.finals for key in keys[part]):
+                text = stack([self.base_text[case] for case, *_ in keys[part]], noise.device)
+                finals = rollout(self.pipe.transformer, noise[part], text, self.sigmas[num_inference_steps], self.grid)[-1]
+                self.finals |= dict(zip(keys[part], finals.cpu()))
+        return torch.stack([self.finals[key] for key in keys]).to(noise.device)
 
     def errors(self, gates, cases, micro_batch: int, backward: bool = False, num_inference_steps: int | None = None) -> torch.Tensor:
         """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates."""
         transformer, errors, n = self.pipe.transformer, [], num_inference_steps or self.args.num_inference_steps
-        noise, text, target, is_concept = self.batch(cases, n)
+        noise, text = self.inputs(cases)
+        target, is_concept = self.targets(cases, noise, n), torch.tensor([case < self.num_pairs for case, _ in cases], device=noise.device)
         for i in range(0, len(cases), micro_batch):
             part = slice(i, i + micro_batch)
             x, words = noise[part], tuple(t[part] for t in text)
@@ -680,7 +684,7 @@ def harms(cases: Cases, sites: dict[str, int], args, pictures: int) -> dict[str,
     harm = {site: torch.zeros(units, device=transformer.device) for site, units in sites.items()}
     chosen = cases.sample(random.Random(f"{args.seed} harm"), 0, pictures)
     for i in tqdm(range(0, pictures, args.micro_batch), desc="harm", disable=not PartialState().is_main_process):
-        noise, text, *_ = cases.batch(chosen[i:i + args.micro_batch], args.num_inference_steps)         # the targets are kept for the training
+        noise, text = cases.inputs(chosen[i:i + args.micro_batch])
         v = torch.randn(noise.shape, generator=generator).to(noise.device)
         gates = {site: torch.ones(len(noise), units, device=noise.device, requires_grad=True) for site, units in sites.items()}       # each picture's own
         with gated(transformer, gates):
@@ -844,7 +848,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
     add("--num_prompts", type=int, default=20, help="training pairs per concept (%(default)s)")
     add("--robust", action="store_true", help="train on other numbers of sampling steps too")
-    add("--noise_seeds", type=int, default=4, help="starting noises per prompt; each base output is computed once (%(default)s)")
+    add("--noise_seeds", type=int, default=0, help="starting noises per prompt, whose base outputs are kept; 0: a new one every time (%(default)s)")
     add("--micro_batch", type=int, help="pictures at a time, same result within rounding (tiny: all, else 1)")
     add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help="what the backward recomputes; auto: as little as memory allows (tiny: none, else auto)")
     add("--quantize", choices=("none", *LIBRARIES), default="none", help="frozen weights in training; what is saved is folded into the original ones (%(default)s)")
@@ -887,10 +891,10 @@ def check_device(device: str) -> None:
 
 def check_args(args) -> None:
     """What the command line alone can get wrong. Raises UserError."""
-    counts = ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "noise_seeds", "save_every", "micro_batch")
+    counts = ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "save_every", "micro_batch")
     weights = ("beta", "harm", "lr_ffn", "lr_norm", "weight_decay", "adam_eps")
     limits = dict.fromkeys(counts, (1, math.inf, "at least 1")) | dict.fromkeys(weights, (0, sys.float_info.max, "a number >= 0"))
-    limits |= dict.fromkeys(("hard", "max_closed"), (0, 1, "between 0 and 1")) | dict(seed=(0, 2**31 - 1, "between 0 and 2147483647"), max_sequence_length=(1, 512, "between 1 and 512"))
+    limits |= dict.fromkeys(("hard", "max_closed"), (0, 1, "between 0 and 1")) | dict(seed=(0, 2**31 - 1, "between 0 and 2147483647"), noise_seeds=(0, 2**20, "between 0 and 1048576"), max_sequence_length=(1, 512, "between 1 and 512"))
     for flag, (low, high, words) in (limits | dict.fromkeys(("height", "width"), (16, math.inf, "a multiple of 16 pixels"))).items():
         value = getattr(args, flag)
         if not low <= value <= high or low == 16 and value % 16:

@@ -122,9 +122,23 @@ def test_each_step_count_has_its_own_base_outputs(pipe):
     """With open gates the error on retain prompts is 0 whatever the number of sampling steps, in any order; with gates closed it is not."""
     args = erase.parse_args(["--concept", "gun", "--model", erase.TINY, "--robust"])
     cases = erase.Cases(pipe, [], [dict(prompt="an apple on a red background"), dict(prompt="a dog")], args)
-    errors = lambda gates, steps: cases.errors(gates, [(0, 1), (1, 2)], 1, num_inference_steps=steps)        # one at a time, as base outputs are drawn
+    errors = lambda gates, steps: cases.errors(gates, [(0, 1), (1, 2)], args.micro_batch, num_inference_steps=steps)
     for steps in (4, 1, 8, 4):
         assert (errors({}, steps) == 0).all() and (errors(random_mask(pipe.transformer), steps) > 0).all()
+
+
+def test_noises_and_base_outputs(pipe):
+    """By default hardly any noise comes twice. With --noise_seeds, base outputs are computed once, and have the same bits whatever they were batched with."""
+    retain, todo = [dict(prompt="an apple on a red background"), dict(prompt="a dog")], [(0, 1), (1, 2), (0, 2)]
+    sets = [erase.Cases(pipe, [], retain, erase.parse_args(["--concept", "gun", "--model", erase.TINY, *flags])) for flags in ([], ["--noise_seeds", "2"])]
+    fresh, few = ({seed for _, seed in cases.sample(random.Random(0), 0, 500)} for cases in sets)
+    assert len(fresh) > 490 and len(few) == 2
+    targets = lambda part: sets[1].targets(part, sets[1].inputs(part)[0], 4)
+    once, calls = torch.cat([targets([case]) for case in todo]), []
+    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    sets[1].finals.pop((1, 2, 4))
+    assert torch.equal(targets(todo), once) and len(calls) == 4, calls       # one picture's sampling steps
+    hook.remove()
 
 
 def test_harm_is_what_closing_a_gate_a_little_does(pipe):
