@@ -69,7 +69,7 @@ DEFAULTS = dict(
     max_sequence_length=   (256,             24,                  "T5 tokens"),
 )
 PRESETS = ("paper", "tiny")
-MODULES = ("ffn", "norm", "attn", "mlp")
+MODULES = ("ffn", "norm", "kv", "attn", "mlp")
 
 
 def first_line(error: Exception) -> str:
@@ -155,6 +155,7 @@ def gate_sites(transformer: FluxTransformer2DModel, modules=("ffn", "norm")) -> 
 
     ffn   hidden neurons after GELU of both FFNs of a double block     norm  outputs of norm1_context.linear (shift, scale, gate)
     attn  heads of every block                                         mlp   MLP neurons of a single block
+    kv    channels of the text's keys and values in a double block (differs from paper: where a style's words reach the picture, before any FFN)
     """
     heads, sites = transformer.config.num_attention_heads, []
     for i, block in enumerate(transformer.transformer_blocks):
@@ -162,6 +163,7 @@ def gate_sites(transformer: FluxTransformer2DModel, modules=("ffn", "norm")) -> 
         sites += [("ffn", f"{name}.ff.net.0", block.ff.net[0].proj.out_features),
                   ("ffn", f"{name}.ff_context.net.0", block.ff_context.net[0].proj.out_features),
                   ("norm", f"{name}.norm1_context.linear", block.norm1_context.linear.out_features), ("attn", f"{name}.attn", heads)]
+        sites += [("kv", f"{name}.attn.{linear}", transformer.inner_dim) for linear in ("add_k_proj", "add_v_proj")]
     for i, block in enumerate(transformer.single_transformer_blocks):
         name = f"single_transformer_blocks.{i}"
         sites += [("attn", f"{name}.attn", heads), ("mlp", f"{name}.act_mlp", block.proj_mlp.out_features)]
@@ -326,7 +328,7 @@ def rollout_backward(transformer, noise, text, sigmas, grid, loss_of_final, chec
 def zeroed(transformer: FluxTransformer2DModel, mask: dict[str, torch.Tensor]):
     """Yields (parameter name, dim, indices): what the closed units are in the weights, on both sides, so that nothing is left to regrow from.
 
-    ffn   row and bias of net.0.proj, column of net.2        norm  row and bias of norm1_context.linear
+    ffn   row and bias of net.0.proj, column of net.2        norm, kv  row and bias of the linear layer itself
     attn  rows of the value projections, columns of the output projections
     mlp   row and bias of proj_mlp, column of proj_out
     """
@@ -471,7 +473,7 @@ def memory_needed(transformer, args, checkpoint: str, quantize: str, offload: bo
     """
     doubles, singles, m, size = transformer.transformer_blocks, transformer.single_transformer_blocks, args.modules, default_dtype(args.device).itemsize
     tokens = args.height * args.width // 256 + args.max_sequence_length
-    double = (12 + 4 * ("ffn" in m) + ("attn" in m)) * tokens + 4 * ("norm" in m) * args.max_sequence_length
+    double = (12 + 4 * ("ffn" in m) + ("attn" in m)) * tokens + (4 * ("norm" in m) + 2 * ("kv" in m)) * args.max_sequence_length
     single = (11 + 4 * ("mlp" in m) + 5 * ("attn" in m)) * tokens
     one_step, inputs = len(doubles) * double + len(singles) * single, (len(doubles) + len(singles)) * tokens
     steps = max(step_counts(args))
