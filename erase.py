@@ -717,6 +717,8 @@ def train(cases: Cases, sites: dict[str, int], args, out_dir: Path) -> dict[str,
         num_inference_steps = rng.choice(step_counts(args))
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
         errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps)
+        if not args.noise_seeds:
+            cases.finals.clear()                                   # none is met again
         errors, gradients = reduce([errors.to(cases.pipe.transformer.device), {site: g.grad for site, g in gates.items()}], "sum")
         errors = errors.cpu()
         erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()

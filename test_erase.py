@@ -195,6 +195,29 @@ def test_fold_zeroes_both_sides_of_a_closed_neuron(transformer):
         assert not block.norm1_context.linear.weight[off].any() and not block.norm1_context.linear.bias[off].any()
 
 
+def test_where_a_style_enters(pipe):
+    """Why --modules kv: with the text's keys and values of the first block alone taken from the neutral prompt, most of what a style does is gone, and
+    nothing of a gun. Prints the share of the error to the neutral picture that stays, for each block (pytest -s)."""
+    stays = {}
+    for concept in ("sepia", "sketch", "neon", "mosaic", "gun"):
+        rows = [r for r in erase.read_prompts(HERE / f"prompts/tiny/{concept}.csv", "") if r["split"] == "test"][:48]
+        noise, grid = erase.init_latents(pipe, [r["evaluation_seed"] for r in rows], 64, 64), (4, 4)
+        texts = [erase.stack(erase.encode(pipe, [r[column] for r in rows], 24), "cpu") for column in ("prompt", "neutral_prompt")]
+        draw = lambda text: erase.rollout(pipe.transformer, noise, text, sigmas(4), grid)[-1]
+        base, neutral = map(draw, texts)
+        stays[concept] = []
+        for block in pipe.transformer.transformer_blocks:
+            outputs, linears = [], (block.attn.add_k_proj, block.attn.add_v_proj)
+            hooks = [m.register_forward_hook(lambda m, i, out: outputs.append(out)) for m in linears]
+            draw(texts[1]), [hook.remove() for hook in hooks]
+            hooks = [m.register_forward_hook(lambda m, i, out: outputs.pop(0)) for m in linears]
+            patched = draw(texts[0])
+            [hook.remove() for hook in hooks]
+            stays[concept].append(round((erase.squared_errors(patched, neutral).sum() / erase.squared_errors(base, neutral).sum()).item(), 2))
+    print(*(f"{concept}: {shares}" for concept, shares in stays.items()), sep="\n")
+    assert all(stays[style][0] < 0.65 < 0.85 < min(stays[style][1:]) for style in ("sepia", "sketch", "neon", "mosaic")) and stays["gun"][0] > 0.9, stays
+
+
 def test_closed_norm_gates_equal_weights_zeroed_by_hand(transformer, inputs):
     """Closing all norm gates of a block equals a zero norm1_context.linear."""
     site = "transformer_blocks.0.norm1_context.linear"
