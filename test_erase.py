@@ -166,7 +166,7 @@ def test_number_of_gates_of_full_size_flux():
         flux = FluxTransformer2DModel(patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
                                       num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=False)
     count = lambda *modules: sum(erase.gate_sites(flux, modules).values())
-    assert count("ffn") == 466_944 and count("norm") == 350_208 and count("attn") == 57 * 24 and count("mlp") == 38 * 12_288
+    assert count("ffn") == 466_944 and count("norm") == 350_208 and count("attn") == 57 * 24 and count("mlp") == 38 * 12_288 and count("kv") == 116_736
 
 
 # ------------------------------------------------------------------------------------------------------------ hooks
