@@ -619,7 +619,7 @@ TRAIN_NOISE, HELD_OUT_NOISE = 2**40, 2**40 + 2**21
 
 
 class Cases:
-    """Concept pairs and retain prompts with their encodings, noise and base outputs, each made once and kept on the CPU."""
+    """Concept pairs and retain prompts with their encodings, made once and kept on the CPU; so are base outputs with --noise_seeds."""
 
     def __init__(self, pipe, pairs, retain, args):
         self.pipe, self.args, self.finals = pipe, args, {}
@@ -649,31 +649,33 @@ class Cases:
         return noise.to(device), stack([self.text[case] for case, _ in cases], device)
 
     def targets(self, cases, noise, num_inference_steps: int) -> torch.Tensor:
-        """Base outputs (B, T, C) under the neutral prompt or the same prompt, each computed once."""
+        """Base outputs (B, T, C) under the neutral prompt or the same prompt; with --noise_seeds, where they are met again, each is computed once."""
+        def base_outputs(cases, noise):
+            text = stack([self.base_text[case] for case, _ in cases], noise.device)
+            return rollout(self.pipe.transformer, noise, text, self.sigmas[num_inference_steps], self.grid)[-1]
+
+        if not self.args.noise_seeds:
+            return base_outputs(cases, noise)
         keys = [(*case, num_inference_steps) for case in cases]
-        size = 1 if self.args.noise_seeds else self.args.micro_batch         # alone if it may be met again: the same bits whatever else is in the batch
-        for part in (slice(i, i + size) for i in range(0, len(keys), size)):
-            if any(key not in self.finals for key in keys[part]):
-                text = stack([self.base_text[case] for case, *_ in keys[part]], noise.device)
-                finals = rollout(self.pipe.transformer, noise[part], text, self.sigmas[num_inference_steps], self.grid)[-1]
-                self.finals |= dict(zip(keys[part], finals.cpu()))
+        for i, key in enumerate(keys):                             # one at a time: the same bits whatever else is in the batch
+            if key not in self.finals:
+                self.finals[key] = base_outputs(cases[i:i + 1], noise[i:i + 1])[0].cpu()
         return torch.stack([self.finals[key] for key in keys]).to(noise.device)
 
     def errors(self, gates, cases, micro_batch: int, backward: bool = False, num_inference_steps: int | None = None) -> torch.Tensor:
         """squared_errors (len(cases),) of the gated model; with backward, the objective's gradients in the gates."""
         transformer, errors, n = self.pipe.transformer, [], num_inference_steps or self.args.num_inference_steps
-        noise, text = self.inputs(cases)
-        target, is_concept = self.targets(cases, noise, n), torch.tensor([case < self.num_pairs for case, _ in cases], device=noise.device)
         for i in range(0, len(cases), micro_batch):
-            part = slice(i, i + micro_batch)
-            x, words = noise[part], tuple(t[part] for t in text)
+            part = cases[i:i + micro_batch]
+            noise, text = self.inputs(part)
+            target, is_concept = self.targets(part, noise, n), torch.tensor([case < self.num_pairs for case, _ in part], device=noise.device)
             with gated(transformer, gates):
                 if backward:
-                    loss_of_final = lambda final: objective(squared_errors(final, target[part]), is_concept[part], self.args)[2]
-                    _, final = rollout_backward(transformer, x, words, self.sigmas[n], self.grid, loss_of_final, self.args.checkpoint)
+                    loss_of_final = lambda final: objective(squared_errors(final, target), is_concept, self.args)[2]
+                    _, final = rollout_backward(transformer, noise, text, self.sigmas[n], self.grid, loss_of_final, self.args.checkpoint)
                 else:
-                    final = rollout(transformer, x, words, self.sigmas[n], self.grid)[-1]
-            errors.append(squared_errors(final, target[part]).detach())
+                    final = rollout(transformer, noise, text, self.sigmas[n], self.grid)[-1]
+            errors.append(squared_errors(final, target).detach())
         return torch.cat(errors).cpu()                             # read once: nothing waits for the GPU in between
 
 
@@ -717,8 +719,6 @@ def train(cases: Cases, sites: dict[str, int], args, out_dir: Path) -> dict[str,
         num_inference_steps = rng.choice(step_counts(args))
         errors, mine = torch.zeros(len(chosen)), slice(state.process_index, None, state.num_processes)
         errors[mine] = cases.errors(gates, chosen[mine], args.micro_batch, True, num_inference_steps)
-        if not args.noise_seeds:
-            cases.finals.clear()                                   # none is met again
         errors, gradients = reduce([errors.to(cases.pipe.transformer.device), {site: g.grad for site, g in gates.items()}], "sum")
         errors = errors.cpu()
         erase_loss, preserve_loss, loss = torch.stack(objective(errors, torch.arange(len(chosen)) < args.batch, args)).tolist()
@@ -898,7 +898,8 @@ def check_args(args) -> None:
     counts = ("steps", "batch", "retain_batch", "num_prompts", "num_inference_steps", "save_every", "micro_batch")
     weights = ("beta", "harm", "lr_ffn", "lr_norm", "weight_decay", "adam_eps")
     limits = dict.fromkeys(counts, (1, math.inf, "at least 1")) | dict.fromkeys(weights, (0, sys.float_info.max, "a number >= 0"))
-    limits |= dict.fromkeys(("hard", "max_closed"), (0, 1, "between 0 and 1")) | dict(seed=(0, 2**31 - 1, "between 0 and 2147483647"), noise_seeds=(0, 2**20, "between 0 and 1048576"), max_sequence_length=(1, 512, "between 1 and 512"))
+    limits |= dict.fromkeys(("hard", "max_closed"), (0, 1, "between 0 and 1")) | dict(seed=(0, 2**31 - 1, "between 0 and 2147483647"))
+    limits |= dict(noise_seeds=(0, 2**20, "between 0 and 1048576"), max_sequence_length=(1, 512, "between 1 and 512"))
     for flag, (low, high, words) in (limits | dict.fromkeys(("height", "width"), (16, math.inf, "a multiple of 16 pixels"))).items():
         value = getattr(args, flag)
         if not low <= value <= high or low == 16 and value % 16:

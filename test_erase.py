@@ -1,5 +1,6 @@
 """pytest on a CPU, no network. Oracles: diffusers' own pipeline, plain autograd, weights zeroed by hand, uninterrupted runs."""
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -122,7 +123,7 @@ def test_each_step_count_has_its_own_base_outputs(pipe):
     """With open gates the error on retain prompts is 0 whatever the number of sampling steps, in any order; with gates closed it is not."""
     args = erase.parse_args(["--concept", "gun", "--model", erase.TINY, "--robust"])
     cases = erase.Cases(pipe, [], [dict(prompt="an apple on a red background"), dict(prompt="a dog")], args)
-    errors = lambda gates, steps: cases.errors(gates, [(0, 1), (1, 2)], args.micro_batch, num_inference_steps=steps)
+    errors = lambda gates, steps: cases.errors(gates, [(0, 1), (1, 2)], 1, num_inference_steps=steps)
     for steps in (4, 1, 8, 4):
         assert (errors({}, steps) == 0).all() and (errors(random_mask(pipe.transformer), steps) > 0).all()
 
@@ -135,10 +136,9 @@ def test_noises_and_base_outputs(pipe):
     assert len(fresh) > 490 and len(few) == 2
     targets = lambda part: sets[1].targets(part, sets[1].inputs(part)[0], 4)
     once, calls = torch.cat([targets([case]) for case in todo]), []
-    hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     sets[1].finals.pop((1, 2, 4))
-    assert torch.equal(targets(todo), once) and len(calls) == 4, calls       # one picture's sampling steps
-    hook.remove()
+    with pipe.transformer.register_forward_hook(lambda *_: calls.append(1)):
+        assert torch.equal(targets(todo), once) and len(calls) == 4, calls   # one picture's sampling steps
 
 
 def test_harm_is_what_closing_a_gate_a_little_does(pipe):
@@ -198,22 +198,23 @@ def test_fold_zeroes_both_sides_of_a_closed_neuron(transformer):
 def test_where_a_style_enters(pipe):
     """Why --modules kv: with the text's keys and values of the first block alone taken from the neutral prompt, most of what a style does is gone, and
     nothing of a gun. Prints the share of the error to the neutral picture that stays, for each block (pytest -s)."""
+    blocks = [(block.attn.add_k_proj, block.attn.add_v_proj) for block in pipe.transformer.transformer_blocks]
+
+    def drawn(text, hook, linears):
+        with contextlib.ExitStack() as hooks:
+            [hooks.enter_context(linear.register_forward_hook(hook)) for linear in linears]
+            return erase.rollout(pipe.transformer, noise, text, sigmas(4), (4, 4))[-1]
+
     stays = {}
     for concept in ("sepia", "sketch", "neon", "mosaic", "gun"):
         rows = [r for r in erase.read_prompts(HERE / f"prompts/tiny/{concept}.csv", "") if r["split"] == "test"][:48]
-        noise, grid = erase.init_latents(pipe, [r["evaluation_seed"] for r in rows], 64, 64), (4, 4)
-        texts = [erase.stack(erase.encode(pipe, [r[column] for r in rows], 24), "cpu") for column in ("prompt", "neutral_prompt")]
-        draw = lambda text: erase.rollout(pipe.transformer, noise, text, sigmas(4), grid)[-1]
-        base, neutral = map(draw, texts)
-        stays[concept] = []
-        for block in pipe.transformer.transformer_blocks:
-            outputs, linears = [], (block.attn.add_k_proj, block.attn.add_v_proj)
-            hooks = [m.register_forward_hook(lambda m, i, out: outputs.append(out)) for m in linears]
-            draw(texts[1]), [hook.remove() for hook in hooks]
-            hooks = [m.register_forward_hook(lambda m, i, out: outputs.pop(0)) for m in linears]
-            patched = draw(texts[0])
-            [hook.remove() for hook in hooks]
-            stays[concept].append(round((erase.squared_errors(patched, neutral).sum() / erase.squared_errors(base, neutral).sum()).item(), 2))
+        noise = erase.init_latents(pipe, [r["evaluation_seed"] for r in rows], 64, 64)
+        text, neutral_text = (erase.stack(erase.encode(pipe, [r[column] for r in rows], 24), "cpu") for column in ("prompt", "neutral_prompt"))
+        outputs = {linear: [] for linear in sum(blocks, ())}       # under the neutral prompt, one per sampling step
+        neutral = drawn(neutral_text, lambda linear, _, out: outputs[linear].append(out), outputs)
+        error = lambda linears: erase.squared_errors(drawn(text, lambda linear, *_: outputs[linear].pop(0), linears), neutral).sum().item()
+        base = error(())
+        stays[concept] = [round(error(linears) / base, 2) for linears in blocks]
     print(*(f"{concept}: {shares}" for concept, shares in stays.items()), sep="\n")
     assert all(stays[style][0] < 0.65 < 0.85 < min(stays[style][1:]) for style in ("sepia", "sketch", "neon", "mosaic")) and stays["gun"][0] > 0.9, stays
 
