@@ -630,9 +630,9 @@ class Cases:
         self.grid = (args.height // 16, args.width // 16)
         self.sigmas = {n: schedule(pipe, n, self.grid[0] * self.grid[1]) for n in step_counts(args)}
 
-    def sample(self, rng, batch: int, retain_batch: int, noise: int = TRAIN_NOISE, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
+    def sample(self, rng, batch: int, retain_batch: int, latest=None, hard: float = 0.0) -> list[tuple[int, int]]:
         """[(case, noise seed)]: `batch` concept cases, then `retain_batch` retain cases; of each, the share `hard` in proportion to
-        the `latest` (cases,) errors, those never seen (infinite) like the worst, and the rest evenly. `noise` is the first seed of several."""
+        the `latest` (cases,) errors, those never seen (infinite) like the worst, and the rest evenly."""
         chosen = []
         for cases, size in ((range(self.num_pairs), batch), (range(self.num_pairs, self.num_pairs + self.num_retain), retain_batch)):
             count = round(hard * size)
@@ -641,7 +641,7 @@ class Cases:
                 weights = weights.clamp(max=max([1e-6, *weights[weights.isfinite()].tolist()])) + 1e-6
                 chosen += rng.choices(cases, weights.tolist(), k=count)
             chosen += rng.choices(cases, k=size - count)
-        return [(case, noise + rng.randrange(self.args.noise_seeds or 2**20)) for case in chosen]
+        return [(case, TRAIN_NOISE + rng.randrange(self.args.noise_seeds or 2**20)) for case in chosen]
 
     def inputs(self, cases):
         """noise (B, T, C) and text of [(case, noise seed)]."""
@@ -822,8 +822,8 @@ tags: [concept-erasure, flux, text-to-image]
 {summary}
 
 Made by Minimalist Concept Erasure (ICML 2025, arXiv 2507.13386): {steps} steps on {pairs} prompt pairs and {retain} retain prompts, gates `{gate}` on
-{modules}, beta {beta}, seed {seed}. The errors are mean squared errors of the final latents over {held_out} cases of held-out noise, gates folded. Whether
-the concept is still *seen* is for a judge to say, not for this loss.
+{modules}, beta {beta}, seed {seed}. The errors are mean squared errors of the final latents over {held_out} test prompts (of a
+file without any, training prompts) and noises that training never had, gates folded. Whether the concept is still *seen* is for a judge to say, not for this loss.
 
 ```python
 from erase import load_erased                      # a stock FluxPipeline; or FluxTransformer2DModel.from_pretrained(".../transformer")
@@ -992,7 +992,9 @@ def run(args) -> None:
     base, encoders = fingerprint(pipe.transformer), torch.nn.ModuleList([pipe.text_encoder, pipe.text_encoder_2])
     if sum(p.nbytes for p in encoders.parameters()) + 2**30 < free_memory(args.device):
         encoders.to(args.device)
-    cases, shown = Cases(pipe, pairs, retain, args), [("concept prompts", tests[:6]), ("other prompts", retain_tests[:6])]
+    pick = random.Random(f"{args.seed} held out").sample
+    cases, held_out = Cases(pipe, pairs, retain, args), Cases(pipe, *(pick(rows, min(32, len(rows))) for rows in (tests, retain_tests)), args)
+    shown = [("concept prompts", tests[:6]), ("other prompts", retain_tests[:6])]
     texts = [encode(pipe, [r["prompt"] for r in rows], args.max_sequence_length) for _, rows in shown]
     pipe.text_encoder = pipe.text_encoder_2 = encoders = None
     torch.cuda.empty_cache()
@@ -1005,10 +1007,9 @@ def run(args) -> None:
     if not state.is_main_process:
         return
 
-    held_out = cases.sample(random.Random(f"{args.seed} held out"), 32, 32, HELD_OUT_NOISE)
-    errors, sheet = [], []
+    unseen, errors, sheet = [(case, HELD_OUT_NOISE + case) for case in range(held_out.num_pairs + held_out.num_retain)], [], []
     for name, gates in (("base", {}), ("erased", mask)):           # the gated model is as good as the folded (test_fold_equals_hooks)
-        errors.append(cases.errors(gates, held_out, args.micro_batch).view(2, 32).mean(1).tolist())
+        errors.append([part.mean().item() for part in held_out.errors(gates, unseen, args.micro_batch).split((held_out.num_pairs, held_out.num_retain))])
         with gated(pipe.transformer, gates):
             sheet += [(f"{title}\n{name}", draw(pipe, text, [r["evaluation_seed"] for r in rows], args, args.micro_batch))
                       for text, (title, rows) in zip(texts, shown)]
@@ -1021,10 +1022,10 @@ def run(args) -> None:
     hardware = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; "
                + f"with {args.quantize} weights, " * (args.quantize != "none")
-               + f"error to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
+               + f"error on test prompts: to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
     (out_dir / "README.md").write_text(MODEL_CARD.format(**vars(args) | config | dict(
         modules=" and ".join(args.modules), concepts=", ".join(args.concept), pairs=len(pairs), retain=len(retain), summary=summary,
-        held_out=len(held_out), fingerprint=base, guidance_scale=3.5 if pipe.transformer.config.guidance_embeds else 0)))
+        held_out=len(unseen), fingerprint=base, guidance_scale=3.5 if pipe.transformer.config.guidance_embeds else 0)))
     save_mask(out_dir / "mask.safetensors", mask, base, model=config["model"], concepts=json.dumps(args.concept), seed=args.seed)   # last: the run is finished
     print(f"{summary}\nwrote {out_dir}/: {' '.join(sorted(p.name for p in out_dir.iterdir()))}\n"
           f"next: look at {out_dir}/preview.png, then python evaluate.py {out_dir}")

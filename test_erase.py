@@ -113,7 +113,7 @@ def test_hard_cases_come_more_often():
     """With hard 1, cases are drawn in proportion to their latest error, those never seen like the worst; with 0, evenly."""
     cases = argparse.Namespace(num_pairs=4, num_retain=4, args=argparse.Namespace(noise_seeds=4))
     latest = torch.tensor([1.0, 0, 0, 0, 0.5, 0.5, 0, math.inf])
-    counts = lambda hard: torch.bincount(torch.tensor([case for case, _ in erase.Cases.sample(cases, random.Random(0), 600, 600, 0, latest, hard)]), minlength=8)
+    counts = lambda hard: torch.bincount(torch.tensor([case for case, _ in erase.Cases.sample(cases, random.Random(0), 600, 600, latest, hard)]), minlength=8)
     hard, even = counts(1.0).tolist(), counts(0.0).tolist()
     assert hard[0] > 590 and hard[6] < 10 and all(150 < n < 250 for n in (hard[4], hard[5], hard[7])), hard
     assert all(100 < n < 200 for n in even) and sum(even) == 1200, even
@@ -516,6 +516,18 @@ def test_command_line_writes_the_documented_files(erased):
     assert {p.name for p in erased.iterdir()} == FILES | {"transformer"}
     rows = [json.loads(line) for line in (erased / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1, 2, 3] and all(0 < r["loss"] < 10 for r in rows)
+
+
+def test_the_model_card_measures_test_prompts(erased, pipe):
+    """Its errors are the mask's on 32 test pairs and 32 test retain prompts, none of which was trained on, from noises that training cannot draw."""
+    tests, retain = ([r for r in erase.read_prompts(HERE / f"prompts/tiny/{name}.csv", name, ("prompt", "evaluation_seed", "split")) if r["split"] == "test"
+                      and erase.mentions("gun", r["prompt"]) == (name == "gun")] for name in ("gun", "retain"))
+    rng, args = random.Random("0 held out"), erase.parse_args(["--concept", "gun", "--model", erase.TINY])
+    cases = erase.Cases(pipe, rng.sample(tests, 32), rng.sample(retain, 32), args)
+    assert erase.HELD_OUT_NOISE >= erase.TRAIN_NOISE + 2**20
+    errors = cases.errors(erase.load_mask(erased / "mask.safetensors", pipe.transformer), [(i, erase.HELD_OUT_NOISE + i) for i in range(64)], 64)
+    found = re.search(r"neutral picture [\d.]+ -> ([\d.]+), to the base on retain prompts 0 -> ([\d.]+)", (erased / "README.md").read_text()).groups()
+    assert [float(f) for f in found] == pytest.approx([errors[:32].mean().item(), errors[32:].mean().item()], abs=2e-4), found
 
 
 def test_erased_model_loads_from_folder_and_from_mask(erased, tmp_path, pipe):
