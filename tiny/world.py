@@ -211,11 +211,12 @@ def write_prompts(folder: Path) -> None:
             writer = csv.writer(f, lineterminator="\n")
             writer.writerow(header)
             for i, row in enumerate(rows):
-                writer.writerow([i, *row, 1000 + i, "train" if i < train else "test"])
+                writer.writerow([i, *row, 1000 + i, "test" if train <= i < train + 250 else "train"])
 
     folder.mkdir(parents=True, exist_ok=True)
-    for concept in CONCEPTS:
-        write(f"{concept.replace(' ', '_')}.csv", ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split"), concept_rows(concept), 24)
+    for concept in CONCEPTS:                     # styles have 200 training pairs: 20 of sepia's are learned by heart (README, "Prompts")
+        rows = concept_rows(concept, test=250 + 176 * (concept in STYLES))
+        write(f"{concept.replace(' ', '_')}.csv", ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split"), rows, 24)
     write("retain.csv", ("case_number", "prompt", "evaluation_seed", "split"), retain_rows(), 400)
     templates = [p.replace(article("gun"), "{x}") for p, _ in concept_rows("gun")]
     write("templates.csv", ("case_number", "prompt", "evaluation_seed", "split"), [(t,) for t in templates], 24)
