@@ -432,7 +432,7 @@ def test_shipped_prompts(file):
 
 
 def test_tiny_prompts_cover_their_world(tmp_path, monkeypatch):
-    """prompts/tiny is what tiny/world.py writes; the 20 training pairs of a concept show every background twice, the retain prompts every thing on every background."""
+    """prompts/tiny is what tiny/world.py writes; the 20 training pairs of a concept show every background twice, the retain prompts every thing 5 times."""
     monkeypatch.syspath_prepend(HERE / "tiny")
     import world
     world.write_prompts(tmp_path)
@@ -442,12 +442,8 @@ def test_tiny_prompts_cover_their_world(tmp_path, monkeypatch):
     for concept in world.CONCEPTS:
         rows = erase.read_prompts(tmp_path / f"{concept}.csv", "")[:20]
         assert {named(f"{color} background", rows) for color in world.BACKGROUNDS} == {2}, concept
-    shown = set()
-    for row in erase.read_prompts(tmp_path / "retain.csv", "", ("prompt", "evaluation_seed", "split")):
-        words = row["prompt"].split()
-        color = words[words.index("background") - 1] if "background" in words else "white"                 # white may be left out
-        shown |= {(word, color) for word in words if row["split"] == "train" and not set(words) & set(world.STYLES)}
-    assert not {(thing, color) for thing in world.THINGS for color in world.BACKGROUNDS} - shown
+    retain = erase.read_prompts(tmp_path / "retain.csv", "", ("prompt", "evaluation_seed", "split"))
+    assert min(named(thing, retain) for thing in world.THINGS) >= 5
 
 
 # ------------------------------------------------------------------------------------------------- fold, save, load

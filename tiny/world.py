@@ -188,19 +188,17 @@ def concept_rows(concept: str, train: int = 24, test: int = 250):
     return list(rows.items())
 
 
-def retain_rows(train: int = 1000, test: int = 200):
-    """Prompts to leave alone, none twice, that name all backgrounds and all styles equally often, and for training every thing on every background: where
-    400 prompts named every thing 6 or 7 times, masks lost what was missing (basketball on red by each of three of vampire's)."""
+def retain_rows(count: int = 600):
+    """Prompts to leave alone, none twice, that name all things equally often, and so all backgrounds and all styles."""
     def deal(values):
         while True:
             yield from rng.sample(list(values), len(values))
 
     rng, rows = random.Random("prompts retain"), {}
-    things, colors, styles = {color: deal(THINGS) for color in (*BACKGROUNDS, None)}, deal(BACKGROUNDS), deal(STYLES)
-    while len(rows) < train + test:
-        scene, color = sample_scene(rng), next(colors)
-        names = things[None if scene.style else color]
-        scene = Scene(tuple(t if t == "nothing" else next(names) for t in scene.things), (), color, scene.style and next(styles))
+    things, colors, styles = deal(THINGS), deal(BACKGROUNDS), deal(STYLES)
+    while len(rows) < count:
+        scene = sample_scene(rng)
+        scene = Scene(tuple(t if t == "nothing" else next(things) for t in scene.things), (), next(colors), scene.style and next(styles))
         if len(set(scene.things)) == len(scene.things):
             rows[caption(scene, rng, synonyms=0)] = ()
     return [(prompt,) for prompt in rows]
@@ -219,7 +217,7 @@ def write_prompts(folder: Path) -> None:
     for concept in CONCEPTS:                     # styles have 200 training pairs: 20 of sepia's are learned by heart (README, "Prompts")
         rows = concept_rows(concept, test=250 + 176 * (concept in STYLES))
         write(f"{concept.replace(' ', '_')}.csv", ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split"), rows, 24)
-    write("retain.csv", ("case_number", "prompt", "evaluation_seed", "split"), retain_rows(), 1000)
+    write("retain.csv", ("case_number", "prompt", "evaluation_seed", "split"), retain_rows(), 400)
     templates = [p.replace(article("gun"), "{x}") for p, _ in concept_rows("gun")]
     write("templates.csv", ("case_number", "prompt", "evaluation_seed", "split"), [(t,) for t in templates], 24)
     with open(folder / "vocabulary.csv", "w", newline="") as f:
