@@ -214,7 +214,7 @@ def write_prompts(folder: Path) -> None:
                 writer.writerow([i, *row, 1000 + i, "test" if train <= i < train + 250 else "train"])
 
     folder.mkdir(parents=True, exist_ok=True)
-    for concept in CONCEPTS:                     # styles have 200 training pairs: 20 of sepia's are learned by heart (README, "Prompts")
+    for concept in CONCEPTS:                     # styles have 200 training pairs: 20 of sepia's are learned by heart (README, "Results")
         rows = concept_rows(concept, test=250 + 176 * (concept in STYLES))
         write(f"{concept.replace(' ', '_')}.csv", ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split"), rows, 24)
     write("retain.csv", ("case_number", "prompt", "evaluation_seed", "split"), retain_rows(), 400)
