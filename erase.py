@@ -1022,7 +1022,7 @@ def run(args) -> None:
     hardware = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     summary = (f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {(time.time() - began) / 60:.1f} minutes on {hardware}; "
                + f"with {args.quantize} weights, " * (args.quantize != "none")
-               + f"error on test prompts: to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
+               + f"error on {tests[0]['split']} prompts: to the neutral picture {before[0]:.4f} -> {after[0]:.4f}, to the base on retain prompts 0 -> {after[1]:.4f}")
     (out_dir / "README.md").write_text(MODEL_CARD.format(**vars(args) | config | dict(
         modules=" and ".join(args.modules), concepts=", ".join(args.concept), pairs=len(pairs), retain=len(retain), summary=summary,
         held_out=len(unseen), fingerprint=base, guidance_scale=3.5 if pipe.transformer.config.guidance_embeds else 0)))
