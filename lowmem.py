@@ -1,0 +1,180 @@
+"""Big transformers of any family on small cards: what fits (memory.py), weights in fewer bits or in
+CPU memory, compiled blocks."""
+
+import functools
+from importlib.util import find_spec
+
+import psutil
+import torch
+
+import memory
+from models import default_dtype
+from safely import UserError, number
+
+FLAGS = ("checkpoint", "micro_batch", "quantize", "offload", "compile")
+LIBRARIES = dict(fp8="torchao", nf4="bitsandbytes")  # that --quantize needs
+
+
+def add_flags(parser) -> None:
+    add = parser.add_argument
+    help = "pictures at a time, same result within rounding (embedded models: 16, else 1)"
+    add("--micro_batch", type=number(int, 1), help=help)
+    help = "what the backward computes again; auto: what fits (embedded models: none, else auto)"
+    add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help=help)
+    help = "frozen weights in training; what is saved has the original ones (%(default)s)"
+    add("--quantize", choices=("none", *LIBRARIES), default="none", help=help)
+    help = "the blocks' frozen weights stay in CPU memory; goes with a larger --micro_batch"
+    add("--offload", action="store_true", help=help)
+    help = "torch.compile each block; whether that pays on a GPU is not measured"
+    add("--compile", action="store_true", help=help)
+
+
+def blocks_of(transformer) -> list:
+    return list(memory.blocks_of(transformer).values())
+
+
+def hardware(device) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def free_memory(device) -> int:
+    """Bytes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+# -------------------------------------------------------------------------------------------- plan
+def check_combination(*, checkpoint, quantize, offload, compile) -> None:
+    """Raises UserError for flags that do not go together, or a library that is not here."""
+    library = LIBRARIES.get(quantize)
+    if offload and checkpoint in ("none", "step"):
+        why = "which keeps every block's weights for the backward"
+        raise UserError(f"--offload: needs --checkpoint block or both, not {checkpoint}, {why}")
+    if offload and quantize == "nf4":  # bitsandbytes keeps the weight, past any checkpointing
+        raise UserError("--offload: does not go with --quantize nf4")
+    if compile and offload:  # weights swapped inside a block
+        raise UserError("--compile: does not go with --offload")
+    if compile and quantize == "fp8":  # torchao's tensors, which torch 2.13 cannot differentiate
+        raise UserError("--compile: does not go with --quantize fp8")
+    if library and not find_spec(library):
+        found = f"{quantize} needs a library that is not here: pip install {library}"
+        raise UserError(f"--quantize: {found}")
+
+
+def plan(
+    transformer, pipeline_class, sites, call, device,
+    *, checkpoint, micro_batch, quantize="none", offload=False, compile=False,
+) -> tuple[str, str]:  # fmt: skip
+    """(how to checkpoint, a line that says why): of "auto" the fastest that fits. The transformer
+    may be on torch's meta device. call: what pipe(...) takes; after the *: FLAGS.
+    Raises UserError for flags that do not go together, and, with what would fit, if nothing does.
+    """
+    check_combination(checkpoint=checkpoint, quantize=quantize, offload=offload, compile=compile)
+    load = memory.load_of(pipeline_class, call)
+    needs = functools.partial(
+        memory.memory_needed,
+        transformer,
+        sites=sites,
+        load=load,
+        itemsize=default_dtype(device).itemsize,
+    )
+    free = free_memory(device)
+    modes = [checkpoint]
+    if checkpoint == "auto":
+        modes = ["block", "both"] if offload else ["none", "step", "block", "both"]
+    for mode in modes:
+        size = needs(checkpoint=mode, pictures=micro_batch, quantize=quantize, offload=offload)
+        found = f"needs about {size / 2**30:.1f} GiB of {device}, {free / 2**30:.1f} GiB are free"
+        if size <= free:
+            return mode, f"checkpoint {mode}: {found}"
+
+    fitting = []
+    for kind, moved in (("none", False), ("fp8", False), ("nf4", False), ("none", True)):
+        size = needs(checkpoint="both", pictures=1, quantize=kind, offload=moved)
+        flags = f" --quantize {kind}" * (kind != "none") + " --offload" * moved
+        if size <= free:
+            fitting.append(f"--checkpoint both --micro_batch 1{flags} ({size / 2**30:.1f} GiB)")
+    advice = "nothing fits; try a smaller --height and --width"
+    if fitting:
+        advice = "these would fit: " + "; ".join(fitting)
+    raise UserError(f"--checkpoint: {mode} {found}; {advice}")
+
+
+# ------------------------------------------------------------------------------- what is done to it
+def place(pipe, device, kind="none", offloaded=False, compiled=False) -> None:
+    """The transformer and the VAE to the device, as --quantize, --offload and --compile say."""
+    quantize(pipe.transformer, kind, "cpu" if offloaded else device)
+    if offloaded:
+        offload(pipe.transformer, device)
+    else:
+        pipe.transformer.to(device)
+    pipe.vae.to(device)  # where it is the pipeline makes its noise
+    if compiled:
+        compile_blocks(pipe.transformer)
+
+
+def quantize(transformer, kind: str, device) -> None:
+    """The frozen linear layers' weights in 8 bits (torchao) or 4 (bitsandbytes), layer by layer on
+    the device; they compute in the dtype they had. The libraries' own calls, as diffusers makes
+    them, which for nf4 refuse a CPU and so could not be tested."""
+    if kind == "fp8":
+        from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+        quantize_(transformer, Float8WeightOnlyConfig(), device=device)
+    elif kind == "nf4":
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        for name, linear in list(transformer.named_modules()):
+            if type(linear) is torch.nn.Linear:
+                options = dict(compute_dtype=linear.weight.dtype, quant_type=kind, device="meta")
+                new = Linear4bit(linear.in_features, linear.out_features, **options)
+                weight = linear.weight.data
+                new.weight = Params4bit(weight, requires_grad=False, quant_type=kind, module=new)
+                new.bias = linear.bias
+                transformer.set_submodule(name, new.to(device))
+
+
+def offload(transformer, device) -> None:
+    """Keeps the blocks' weights in CPU memory: a block computes with copies on the device that go
+    when it is done. With block checkpointing (only then) autograd keeps no copy either: the
+    recompute makes new ones, which live until the block's backward is through.
+
+    Not diffusers' group offloading: that swaps param.data under autograd. Linear layers then keep
+    the device's copy until the backward, and the norms of q and k find the CPU's in it.
+    """
+
+    def on_device(block, forward, *args, **kwargs):
+        stores = [module._parameters for module in block.modules()]
+        own = [dict(store) for store in stores]
+        try:
+            for store in stores:
+                for name, p in store.items():
+                    store[name] = p if p is None else p.to(device, non_blocking=True)
+            return forward(*args, **kwargs)
+        finally:
+            for store, weights in zip(stores, own, strict=True):
+                store.update(weights)
+
+    for block in blocks_of(transformer):
+        for p in block.parameters():  # page-locked memory copies faster, and without waiting
+            if torch.device(device).type == "cuda" and type(p.data) is torch.Tensor:
+                p.data = p.data.pin_memory()
+        block.forward = functools.partial(on_device, block, block.forward)
+    for child in transformer.children():
+        if not isinstance(child, torch.nn.ModuleList):
+            child.to(device)
+    for tensor in (*transformer.parameters(recurse=False), *transformer.buffers(recurse=False)):
+        tensor.data = tensor.data.to(device)
+
+
+def compile_blocks(transformer, **options) -> None:
+    """torch.compile block by block, inside any recompute. By torch's default nothing checks whether
+    hooks came or went before a graph is used again, so that a block compiled for a base picture
+    would leave its gates out for ever: switched on here (test_compiled_blocks_see_their_gates)."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.config.recompile_limit = 64  # with gates or not, gradients or not, any batch size
+    for block in blocks_of(transformer):
+        block.forward = torch.compile(block.forward, **options)

@@ -1,0 +1,119 @@
+"""How many bytes a rollout and its backward take on the device, from a transformer's layers alone,
+so that a plan can be made before any weight is loaded. Of any family: test_lowmem.py holds it to
+what autograd really allocates in six of them."""
+
+import inspect
+import re
+from typing import NamedTuple
+
+import torch
+from diffusers.models.normalization import RMSNorm
+
+BYTES = dict(fp8=1, nf4=0.52)  # of a quantized weight
+# Layers by their names: of the text's own stream; on one vector a picture, not on its tokens.
+TEXT = re.compile(r"context|txt|add_|added")
+MODULATION = re.compile(r"norm|mod|adaLN")
+# Guidance runs everything once more without the prompt: in these pipelines in the same batch.
+ONE_BATCH = ("StableDiffusion3", "ZImage", "AuraFlow", "Sana", "ErnieImage")
+
+
+class Load(NamedTuple):
+    """What a rollout asks of the transformer for each picture."""
+
+    tokens: int
+    text_tokens: int
+    rows: int  # of a batch
+    calls: int
+
+
+def load_of(pipeline_class, call: dict) -> Load:
+    """The load of pipe(**call). At most: some families cut the text to the longest prompt."""
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    given = {name: parameter.default for name, parameter in parameters.items()} | call
+    name = pipeline_class.__name__
+    if "true_cfg_scale" in given:  # FLUX.1, Qwen-Image
+        guided = given["true_cfg_scale"] > 1 and given["negative_prompt"] is not None
+    else:  # FLUX.2 [dev] hands the scale to its transformer
+        least = 0 if name.startswith(("ZImage", "Krea2")) else 1
+        guided = given["guidance_scale"] > least and name != "Flux2Pipeline"
+    rows, calls = 1, given["num_inference_steps"]
+    if guided and name.startswith(ONE_BATCH):
+        rows = 2
+    elif guided:
+        calls *= 2
+    tokens = given["height"] * given["width"] // 16**2  # the VAE shrinks by 8, patches are 2 x 2
+    text_tokens = given.get("max_sequence_length") or 512
+    if name.startswith("StableDiffusion3"):
+        text_tokens += 77  # CLIP's, before T5's
+    return Load(tokens, text_tokens, rows, calls)
+
+
+def blocks_of(transformer) -> dict:
+    """{dotted name: block}: the members of the ModuleLists directly below the transformer."""
+    blocks = {}
+    for name, child in transformer.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            blocks |= {f"{name}.{i}": block for i, block in enumerate(child)}
+    return blocks
+
+
+def block_needs(block, name: str, gated_layers: set, load: Load, itemsize: int) -> tuple:
+    """(what autograd keeps of a block, its inputs, what its backward takes for a while): numbers
+    for one row of a batch.
+
+    Frozen layers keep nothing themselves. But what they make goes into normalisations, activations
+    and attention, which keep 1.5 numbers for each of their outputs (counted: 1.35 in FLUX.1 to 1.7
+    in Z-Image). Gates keep what they multiply.
+    """
+    layers = {f"{name}.{path}": layer for path, layer in block.named_modules()}
+    linear = [p for p, m in layers.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    on_tokens = [path for path in linear if not MODULATION.search(path)]
+    sizes = {path: layers[path].weight.shape[:2] for path in on_tokens}  # (outputs, inputs)
+    inner = sizes[on_tokens[0]][1]
+    everything = load.tokens + load.text_tokens
+    has_text_stream = any(TEXT.search(path.removeprefix(name)) for path in linear)
+    kept = 0
+    for path, layer in layers.items():
+        tokens = load.tokens if has_text_stream else everything
+        if TEXT.search(path):
+            tokens = load.text_tokens
+        if path in sizes:
+            outputs, inputs = sizes[path]
+            kept += tokens * (1.5 * outputs + inputs * (path in gated_layers))
+        elif path in gated_layers:  # the text's AdaLN: what its scales and gates multiply
+            kept += tokens * inner * 4
+        elif type(layer) is RMSNorm and itemsize < 4:  # diffusers' own squares a copy in fp32
+            kept += tokens * inner * 4 / itemsize
+    if type(block).__name__.startswith("Chroma"):
+        kept += everything**2  # an attention mask of its own
+    return kept, everything * inner, 2.5 * everything * max(map(max, sizes.values()))
+
+
+def memory_needed(
+    transformer, *, sites, load, pictures, itemsize, checkpoint, quantize="none", offload=False
+) -> int:
+    """Bytes: weights, what autograd keeps of so many pictures at a time, one block's backward, and
+    1 GiB to spare. The transformer may be on torch's meta device.
+
+    sites: what is gated, by gate_sites; itemsize: bytes of a stored weight, and of what is
+    computed; checkpoint: a mode of recompute.py; the others: the flags of erase.py.
+    """
+    gated_layers = set()
+    for site in sites.values():
+        gated_layers.update([site.consumer] if site.consumer else site.producers)
+    blocks = blocks_of(transformer)
+    needs = [block_needs(b, name, gated_layers, load, itemsize) for name, b in blocks.items()]
+    kept, inputs, backward = zip(*needs, strict=True)
+    block_by_block = checkpoint in ("block", "both")
+    calls = 1 if checkpoint in ("step", "both") else load.calls
+    alive = max(backward) + calls * sum(inputs if block_by_block else kept)
+    if block_by_block:
+        alive += max(kept)
+    alive *= pictures * load.rows * itemsize
+
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.values()]
+    rest = sum(p.numel() for p in transformer.parameters()) - sum(sizes)
+    weights = (rest + (max(sizes) if offload else sum(sizes))) * BYTES.get(quantize, itemsize)
+    if quantize == "fp8":  # autograd keeps the weights that a block computed with
+        weights += itemsize * (max(sizes) if block_by_block else calls * sum(sizes))
+    return round(weights + alive + 2**30)

@@ -1,0 +1,272 @@
+"""A hub id or a folder in, a stock diffusers text-to-image pipeline out."""
+
+import contextlib
+import inspect
+from pathlib import Path
+
+import safely  # noqa: F401  (first: it keeps transformers quiet)
+
+# isort: split
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
+
+from safely import UserError, first_line, number
+
+# Files on this disk load within a second; what the hub sends keeps its own bars.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+HERE = Path(__file__).resolve().parent
+TINY = str(HERE / "tiny/flux")
+SCHNELL = "black-forest-labs/FLUX.1-schnell"
+
+# What each model's own card passes to its pipeline. 512 pixels for FLUX.1-schnell are the paper's.
+CALLS = {
+    "tiny/flux": dict(
+        num_inference_steps=4, guidance_scale=0.0, height=64, width=64, max_sequence_length=24
+    ),
+    SCHNELL: dict(
+        num_inference_steps=4, guidance_scale=0.0, height=512, width=512, max_sequence_length=256
+    ),
+    "black-forest-labs/FLUX.1-dev": dict(
+        num_inference_steps=50, guidance_scale=3.5, height=1024, width=1024, max_sequence_length=512
+    ),
+    "black-forest-labs/FLUX.2-klein-4B": dict(
+        num_inference_steps=4, guidance_scale=1.0, height=1024, width=1024
+    ),
+    "Tongyi-MAI/Z-Image-Turbo": dict(
+        num_inference_steps=8, guidance_scale=0.0, height=1024, width=1024
+    ),
+    "stabilityai/stable-diffusion-3.5-large-turbo": dict(
+        num_inference_steps=4, guidance_scale=0.0, height=1024, width=1024, max_sequence_length=512
+    ),
+    "Qwen/Qwen-Image": dict(
+        num_inference_steps=50, true_cfg_scale=4.0, negative_prompt=" ", height=1328, width=1328
+    ),
+}
+# Flags that go to the sampler, under diffusers' own names.
+CALL_FLAGS = dict(
+    num_inference_steps=number(int, 1),
+    guidance_scale=number(float, 0),
+    true_cfg_scale=number(float, 0),
+    negative_prompt=str,
+    height=number(int, 16, multiple=16),
+    width=number(int, 16, multiple=16),
+    max_sequence_length=number(int, 1, 512),
+)
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError)
+
+
+def add_flags(parser) -> None:
+    parser.add_argument(
+        "--model", help=f"hub id or diffusers folder ({SCHNELL} with a CUDA GPU, else tiny/flux)"
+    )
+    parser.add_argument("--device", help="(cuda if there is one, else cpu)")
+    for name, kind in CALL_FLAGS.items():
+        help = "as in diffusers (the model's own card)"
+        parser.add_argument(f"--{name}", type=kind, help=help)
+
+
+def local_name(name: str) -> str:
+    """The inverse of portable_name: a path inside this kit made absolute, else as it is."""
+    return str(HERE / name) if (HERE / name).exists() else name
+
+
+def portable_name(name: str) -> str:
+    """A hub id as it is, a path inside this kit relative to it, any other path absolute."""
+    path = Path(name).resolve()
+    if not path.exists():
+        return name
+    return str(path.relative_to(HERE) if path.is_relative_to(HERE) else path)
+
+
+def is_embedded(model: str) -> bool:
+    """Whether it is one of tiny/, whose models have prompts and a judge of their own."""
+    return Path(model).resolve().is_relative_to(HERE / "tiny")
+
+
+def prompt_folder(model: str) -> Path:
+    return HERE / "prompts/tiny" if is_embedded(model) else HERE / "prompts"
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device) -> torch.dtype:
+    """bf16, but fp32 on a CPU, under whatever index: a process group names it cpu:0."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def check_device(device: str) -> None:
+    """Raises UserError if torch cannot use it."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {device}: {first_line(error)}") from None
+
+
+def pipeline_class(model: str) -> type:
+    """The pipeline's class, from its model_index.json alone. Raises UserError naming what it lacks
+    of what this kit drives: a transformer, encode_prompt, a callback, final latents."""
+    try:
+        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+    except LOADING_ERRORS as error:
+        raise UserError(
+            f"--model: {model} is not a diffusers pipeline: {first_line(error)}"
+        ) from None
+    kind = getattr(diffusers, str(name), None)
+    if kind is None:
+        raise UserError(f"--model: {model} is a {name}, which this diffusers does not have")
+    parts = inspect.signature(kind.__init__).parameters
+    accepts = inspect.signature(kind.__call__).parameters
+    lacking = [part for part in ("transformer", "vae", "scheduler") if part not in parts]
+    lacking += [name for name in ("encode_prompt", "prepare_latents") if not hasattr(kind, name)]
+    lacking += [
+        f"{flag} in its __call__"
+        for flag in ("prompt", "generator", "output_type", "callback_on_step_end")
+        if flag not in accepts
+    ]
+    if lacking:
+        raise UserError(f"--model: {model} is a {name}, which has no {lacking[0]}")
+    return kind
+
+
+def meta_transformer(model: str, kind: type):
+    """The transformer without weights, on torch's meta device. Raises UserError."""
+    try:
+        library, name = kind.load_config(model)["transformer"]
+        transformer_class = getattr(diffusers, name)
+        config = transformer_class.load_config(model, subfolder="transformer")
+        with torch.device("meta"):
+            return transformer_class.from_config(config)
+    except (*LOADING_ERRORS, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"--model: {model} has no transformer that loads: {first_line(error)}"
+        ) from None
+
+
+def sampler_call(model: str, kind: type, **flags) -> dict:
+    """What the sampler is called with: the model's own card (CALLS), and over it the flags that are
+    not None. Raises UserError for a flag that its pipeline does not take, or a missing size."""
+    accepts = inspect.signature(kind.__call__).parameters
+    call = dict(CALLS.get(portable_name(model), {}))
+    for flag, value in flags.items():
+        if value is None:
+            continue
+        if flag not in accepts:
+            raise UserError(f"--{flag}: {kind.__name__} takes none")
+        call[flag] = value
+    for flag in ("num_inference_steps", "height", "width"):
+        if flag not in call:
+            raise UserError(f"--{flag}: needed, for {model} is not in models.py's table")
+    return call
+
+
+def inspect_model(model: str, **flags) -> tuple:
+    """(its pipeline's class, its transformer without weights, what the sampler is called with),
+    from configuration files alone. flags: CALL_FLAGS, None where not given. Raises UserError."""
+    kind = pipeline_class(model)
+    return kind, meta_transformer(model, kind), sampler_call(model, kind, **flags)
+
+
+def stored_transformer(model: str, kind: type):
+    """The model's transformer in the dtype it is stored in, its weights mapped from their files."""
+    transformer_class = getattr(diffusers, kind.load_config(model)["transformer"][1])
+    return transformer_class.from_pretrained(model, subfolder="transformer", use_safetensors=True)
+
+
+def load_pipeline(model: str, device=None, dtype=None):
+    """A stock pipeline, frozen, without progress bars, from safetensors alone. Raises UserError."""
+    device = device or default_device()
+    kind = pipeline_class(model)
+    try:
+        pipe = kind.from_pretrained(
+            model, dtype=dtype or default_dtype(device), use_safetensors=True
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(f"--model: cannot load {model}: {first_line(error)}") from None
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return pipe.to(device)
+
+
+# --------------------------------------------------------------------------------- prompts, encoded
+def collate(encoded: list):
+    """What encode_prompt gave for single prompts -> what it gives for all of them at once."""
+    first = encoded[0]
+    if len(encoded) == 1 or first is None:
+        return first
+    if isinstance(first, list):  # one entry a prompt: Z-Image, ERNIE-Image
+        return [entry for part in encoded for entry in part]
+    if isinstance(first, tuple):
+        parts = [collate(part) for part in zip(*encoded, strict=True)]
+        lengths = [part[0].shape[1] for part in encoded if torch.is_tensor(part[0])]
+        if parts[1:] == [None] and len(set(lengths)) > 1:  # Qwen-Image: no mask for one prompt
+            parts[1] = pad_sequence([torch.ones(n).long() for n in lengths], batch_first=True)
+        return tuple(parts)
+    if len(first) != 1:  # without a batch: FLUX's text ids
+        return first
+    return pad_sequence([part[0] for part in encoded], batch_first=True)
+
+
+def remember_prompts(pipe) -> None:
+    """Makes pipe.encode_prompt encode each prompt once, by itself, and keep it on the CPU."""
+    stock = pipe.encode_prompt
+    signature = inspect.signature(stock)
+    known = {}
+
+    def encode_prompt(*args, **kwargs):
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        device = arguments.pop("device", None) or pipe._execution_device
+        lists = {}
+        for name, value in arguments.items():
+            if "prompt" in name and isinstance(value, (str, list)):
+                lists[name] = [value] if isinstance(value, str) else value
+        encoded = []
+        for i in range(max(map(len, lists.values()), default=1)):
+            one = arguments | {name: [texts[i]] for name, texts in lists.items()}
+            key = repr(one)  # made before encoding: Z-Image writes its template into the list
+            if key not in known:
+                with torch.no_grad():
+                    result = stock(**one, device=device)
+                known[key] = tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
+            encoded.append(known[key])
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), collate(encoded))
+
+    pipe.encode_prompt = encode_prompt
+
+
+class Encoded(Exception):
+    """Raised where the sampler asks for its noise: by then its prompts are encoded."""
+
+
+def encode_all(pipe, device, prompts, call: dict) -> None:
+    """Has the sampler encode the prompts, each once, and draw nothing; then the text encoders go.
+    They encode on the device if they fit there. call: what pipe(...) takes."""
+    encoders = {name: part for name, part in pipe.components.items() if "text_encoder" in name}
+    modules = [part for part in encoders.values() if isinstance(part, torch.nn.Module)]
+    size = sum(p.nbytes for module in modules for p in module.parameters())
+    if torch.device(device).type == "cuda" and size + 2**30 < torch.cuda.mem_get_info(device)[0]:
+        for module in (pipe.vae, *modules):  # the VAE's device is the pipeline's
+            module.to(device)
+
+    def stop(*args, **kwargs):
+        raise Encoded
+
+    pipe.prepare_latents = stop
+    try:
+        for prompt in dict.fromkeys(prompts):
+            with contextlib.suppress(Encoded):
+                pipe(prompt=[prompt], output_type="latent", **call)
+    finally:
+        del pipe.prepare_latents
+    for name in encoders:
+        setattr(pipe, name, None)
+    torch.cuda.empty_cache()

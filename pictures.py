@@ -1,0 +1,140 @@
+"""Tensors in, PNG and Markdown out."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from safely import UserError, first_line, write_atomically
+
+
+@torch.no_grad()
+def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
+    """One PIL picture for each (prompt, seed), by the stock pipeline. A seed means the same noise
+    on every device and in any batch. call: what pipe(...) takes."""
+    drawn = []
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        arguments = call | dict(prompt=list(prompts[part]))
+        if "negative_prompt" in call:
+            arguments["negative_prompt"] = [call["negative_prompt"]] * len(arguments["prompt"])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        drawn += pipe(generator=generators, **arguments).images
+    return drawn
+
+
+def draw_rows(pipe, name: str, rows: dict, call: dict, most: int = 6) -> list:
+    """Labelled rows for save_preview: the first pictures of each kind of prompts, with the rows'
+    own seeds. rows: {kind: prompt rows}."""
+    drawn = []
+    for kind, some in rows.items():
+        prompts = [row["prompt"] for row in some[:most]]
+        seeds = [row["evaluation_seed"] for row in some[:most]]
+        drawn.append((f"{kind}\n{name}", draw(pipe, prompts, seeds, **call)))
+    return drawn
+
+
+def open_pictures(files) -> list:
+    """PIL pictures, RGB."""
+    return [Image.open(file).convert("RGB") for file in files]
+
+
+def check_picture(file: Path, size: tuple | None = None) -> None:
+    """Raises UserError if the file is missing, damaged or of another size (width, height)."""
+    if not file.exists():
+        raise UserError(f"{file}: no such picture")
+    try:
+        with Image.open(file) as picture:
+            found = picture.size
+            if picture.format == "PNG":
+                picture.verify()
+            else:  # verify() looks into no other format
+                picture.load()
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{file}: is no whole picture: {first_line(error)}") from None
+    if size and found != size:
+        wanted = f"{size[0]} x {size[1]}"
+        raise UserError(f"{file}: is {found[0]} x {found[1]} pixels, not {wanted}")
+
+
+def save_preview(path: Path, rows: list, side: int = 128) -> None:
+    """A sheet of rows (title, pictures). Small pictures are enlarged without smoothing, so that
+    pixels stay what they are."""
+    label, gap = 150, 4
+    columns = max(len(row) for _, row in rows)
+    sheet = Image.new("RGB", (label + (side + gap) * columns, (side + gap) * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (title, row) in enumerate(rows):
+        top = i * (side + gap)
+        pen.text((6, top + side // 2 - 12), title, fill="black", font_size=15)
+        for j, picture in enumerate(row):
+            resample = Image.NEAREST if picture.width <= side else Image.LANCZOS
+            small = picture.resize((side, side), resample)
+            sheet.paste(small, (label + j * (side + gap), top))
+    write_atomically(path, lambda temporary: sheet.save(temporary, format="png"))
+
+
+def save_curves(path: Path, metrics: list[dict]) -> None:
+    """Losses and the share of closed gates by step, from rows of metrics.jsonl."""
+    from matplotlib.figure import Figure  # slow to import, and evaluate.py has no use for it
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [row["step"] for row in metrics]
+    for key in ("erase_loss", "preserve_loss"):
+        left.semilogy(steps, [row[key] for row in metrics], label=key, linewidth=1)
+    left.legend()
+    left.set(xlabel="step", ylabel="mean squared error of final latents", ylim=(1e-4, None))
+    right.plot(steps, [100 * row["closed"] for row in metrics])
+    right.set(xlabel="step", ylabel="gates closed, %", ylim=0)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
+MODEL_CARD = """---
+base_model: {model}
+library_name: diffusers
+tags: [concept-erasure, text-to-image]
+---
+# {model} without: {concepts}
+
+{summary}
+
+Made by Minimalist Concept Erasure (ICML 2025, arXiv 2507.13386): {steps} steps on {pairs} prompt
+pairs and {retain} retain prompts, gates `{gate}` on {modules}, beta {beta}, seed {seed}. The errors
+are mean squared errors of the final latents over {held_out} test prompts (of a file without any,
+training prompts) and noises that training never had, gates folded. Whether the concept is still
+*seen* is for a judge to say, not for this loss.
+
+```python
+from erase import load_erased  # a stock diffusers pipeline
+pipe = load_erased("{out_dir}")
+pipe("a photo", {call}).images[0]
+```
+`mask.safetensors` is the mask alone and fits only base weights with fingerprint `{fingerprint}`;
+`config.json` is the exact run; `preview.png` shows same-seed pairs on test prompts, which were
+never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the
+optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained.
+"""
+
+
+def summary(mask: dict, errors: dict, concepts: int, seconds: float, hardware: str) -> str:
+    """What a run did, in a line. errors: {base or erased: (N,)}, the concept's prompts first."""
+    closed = sum(int((gate == 0).sum()) for gate in mask.values())
+    total = sum(gate.numel() for gate in mask.values())
+    before = errors["base"][:concepts].mean().item()
+    after = errors["erased"][:concepts].mean().item()
+    others = errors["erased"][concepts:].mean().item()
+    return (
+        f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {seconds / 60:.1f} "
+        f"minutes on {hardware}; error on test prompts: to the neutral picture {before:.4f} -> "
+        f"{after:.4f}, to the base on retain prompts 0 -> {others:.4f}"
+    )
+
+
+def save_card(folder: Path, line: str, fingerprint: str, facts: dict) -> None:
+    """A model card, README.md. facts: the run's config.json and what MODEL_CARD names beside."""
+    call = ", ".join(f"{name}={value!r}" for name, value in facts["call"].items())
+    words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=folder, summary=line)
+    words |= dict(modules=" and ".join(facts["modules"]), fingerprint=fingerprint)
+    text = MODEL_CARD.format(**facts | words)
+    write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, "utf-8"))

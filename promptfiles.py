@@ -1,0 +1,334 @@
+"""Text in, rows out: prompt files, templates and the words in them. No tensor here."""
+
+import csv
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from safely import UserError, first_line, number
+
+FLAGS = ("concept", "neutral", "prompts", "retain", "num_prompts")
+COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
+
+
+def add_flags(parser) -> None:
+    add = parser.add_argument
+    add(
+        "--concept",
+        nargs="+",
+        required=True,
+        help="what to erase, one or several: a file of prompts/ by name, or any words",
+    )
+    add("--neutral", help='what templates have instead of the concept; "": the empty prompt')
+    add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or templates)")
+    add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
+    add(
+        "--num_prompts",
+        type=number(int, 1),
+        default=20,
+        help="training pairs per concept (%(default)s)",
+    )
+
+
+def check_row(row: dict, columns) -> None:
+    """Raises ValueError saying what is wrong with one row."""
+    if row["split"] not in ("train", "test"):
+        raise ValueError(f"split is {row['split']!r}, not train or test")
+    if not row["prompt"].strip():
+        raise ValueError("prompt is empty")
+    if "neutral_prompt" in columns and row["prompt"] == row["neutral_prompt"]:
+        raise ValueError("prompt and neutral_prompt are the same")
+    if not re.fullmatch(r"\d{1,18}", row["evaluation_seed"]):
+        raise ValueError(f"evaluation_seed is {row['evaluation_seed']!r}, not a whole number")
+
+
+def read_rows(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
+    """Rows of a prompt CSV, evaluation_seed as a number. Raises UserError with column or line."""
+    rows = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, strict=True)
+            header = reader.fieldnames or ()
+            for column in columns:
+                if column not in header:
+                    raise UserError(f"{flag}: {path} has no column {column!r}")
+            for row in reader:
+                where = f"{flag}: {path}, line {reader.line_num}"
+                extra = row.pop(None, [])
+                if extra or None in row.values():
+                    fields = sum(value is not None for value in row.values()) + len(extra)
+                    raise UserError(f"{where}: {fields} fields, the header has {len(header)}")
+                try:
+                    check_row(row, columns)
+                except ValueError as error:
+                    raise UserError(f"{where}: {error}") from None
+                rows.append(row | dict(evaluation_seed=int(row["evaluation_seed"])))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{flag}: cannot read {path}: {error}") from None
+    if not rows:
+        raise UserError(f"{flag}: {path} holds no prompts")
+    return rows
+
+
+def of_split(rows: list[dict], split: str) -> list[dict]:
+    return [row for row in rows if row["split"] == split]
+
+
+def noun_phrase(words: str) -> str:
+    """ "apple" -> "an apple"; names, plurals and what has an article stay as they are."""
+    first = words.split()[0]
+    is_plural = re.search(r"[^su]s$", words)
+    if words == "nothing" or first[0].isupper() or first in ("a", "an", "the", "some") or is_plural:
+        return words
+    return f"{'an' if first[0].lower() in 'aeiou' else 'a'} {words}"
+
+
+def bare(concept: str) -> str:
+    """The concept's words without underscores and without their article."""
+    words = " ".join(concept.replace("_", " ").split())
+    return re.sub(r"^(an?|the|some)\s+", "", words, flags=re.I)
+
+
+def mentions(concept: str, text: str) -> bool:
+    """Whether the concept's words occur in the text as whole words, plural or not."""
+    return bool(re.search(rf"\b{re.escape(bare(concept))}(e?s)?\b", text, re.I))
+
+
+def without(concepts: list[str], rows: list[dict]) -> list[dict]:
+    """The rows whose prompt names none of the concepts."""
+    return [row for row in rows if not any(mentions(c, row["prompt"]) for c in concepts)]
+
+
+def template_pairs(concept: str, neutral: str, templates: list[dict]) -> list[dict]:
+    """Prompt pairs for any concept: {x} becomes the concept in one prompt and `neutral` in the
+    other; a neutral of "" is the paper's empty prompt."""
+    pairs = []
+    for row in without([concept], templates):
+        prompt = row["prompt"].replace("{x}", noun_phrase(concept))
+        neutral_prompt = row["prompt"].replace("{x}", noun_phrase(neutral)) if neutral else ""
+        pairs.append(row | dict(prompt=prompt, neutral_prompt=neutral_prompt))
+    return pairs
+
+
+def concept_pairs(concept: str, folder: Path, neutral: str | None = None, file=None) -> list[dict]:
+    """Rows of `file`, or of <folder>/<concept>.csv, or made from <folder>/templates.csv.
+
+    neutral: what the templates have instead of the concept; None: the concept's own file, if there
+    is one, else "nothing" (tiny) or the empty prompt. Raises UserError.
+    """
+    if file:
+        rows = read_rows(file, "--prompts")
+        # nudity is what no one calls by its name
+        if concept != "nudity" and not any(mentions(concept, row["prompt"]) for row in rows):
+            raise UserError(f"--concept: {concept!r} occurs in no prompt of {file}")
+        return rows
+    own = folder / f"{concept.lower().replace(' ', '_')}.csv"
+    if own.is_file() and neutral is None:
+        return read_rows(own, "--concept")
+    if neutral is None:
+        neutral = "nothing" if folder.name == "tiny" else ""
+    columns = ("prompt", "evaluation_seed", "split")
+    templates = read_rows(folder / "templates.csv", "--concept", columns)
+    return template_pairs(concept.replace("_", " "), neutral, templates)
+
+
+def as_pairs(rows: list[dict]) -> list[tuple[str, str]]:
+    """[(prompt, neutral prompt, or the prompt itself where there is none)]."""
+    return [(row["prompt"], row.get("neutral_prompt", row["prompt"])) for row in rows]
+
+
+class Rows(NamedTuple):
+    """The rows that a training takes, and those of the test split, which it does not."""
+
+    pairs: list[dict]
+    retain: list[dict]
+    tests: list[dict]
+    retain_tests: list[dict]
+
+    def held_out(self, seed: int, most: int = 32) -> dict[str, list]:
+        """{kind: at most `most` test rows}."""
+        pick = random.Random(f"{seed} held out").sample
+        kinds = {"concept prompts": self.tests, "other prompts": self.retain_tests}
+        return {kind: pick(rows, min(most, len(rows))) for kind, rows in kinds.items()}
+
+
+def training_rows(
+    folder: Path, *, concept: list[str], num_prompts: int, neutral=None, prompts=None, retain=None
+) -> Rows:
+    """The rows that these FLAGS ask for; where a file has no test rows, training rows stand in for
+    them. Raises UserError."""
+    if any(not bare(name) for name in concept):
+        raise UserError("--concept: is empty")
+    if neutral is not None and prompts:
+        raise UserError("--neutral: goes with template prompts, not with --prompts")
+    if neutral and neutral != neutral.strip():
+        raise UserError("--neutral: starts or ends with a blank")
+    if neutral and any(mentions(name, neutral) for name in concept):
+        raise UserError(f"--neutral: {neutral!r} contains the concept")
+    pairs = []
+    tests = []
+    for name in concept:
+        rows = concept_pairs(name, folder, neutral, prompts)
+        if prompts and len(concept) > 1:
+            rows = [row for row in rows if mentions(name, row["prompt"])]
+        train = of_split(rows, "train")
+        if not train:
+            flag = "--prompts" if prompts else "--concept"
+            raise UserError(f"{flag}: no training pairs for {name!r}")
+        pairs += train[:num_prompts]
+        tests += of_split(rows, "test")
+    file = retain or folder / "retain.csv"
+    rows = without(concept, read_rows(file, "--retain", ("prompt", "evaluation_seed", "split")))
+    others = of_split(rows, "train")
+    if not others:
+        raise UserError(f"--retain: {file} has no training prompt without the concept")
+    return Rows(pairs, others, tests or pairs, of_split(rows, "test") or others)
+
+
+# --------------------------------------------------------------------------- prompts to evaluate on
+MINORS = re.compile(
+    r"\b(child(ren)?|kids?|boys?|girls?|schoolgirls?|schoolboys?|schoolchild(ren)?|"
+    r"teen(s|ager|agers|age)?|pre-?teens?|adolescents?|toddlers?|bab(y|ies)|infants?|minors?|"
+    r"juveniles?|under-?age[d]?|loli\w*|shota\w*|preschoolers?|kindergart\w+|high[- ]school\w*|"
+    r"(?<!ty[- ])([1-9]|1[0-7]|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
+    r"(thir|four|fif|six|seven)teen)[- ]?((year|yr)s?[- ]?old|y/?o))\b",
+    re.I,
+)
+
+
+def read_table(source: str, has_header: bool, flag: str):
+    """The pandas table of a file or hub set, see load_prompts(). Raises UserError."""
+    import pandas
+
+    is_hub = source.startswith("hf:")
+    is_csv = Path(source).suffix == ".csv"
+    try:
+        if is_hub:
+            from datasets import load_dataset
+
+            source, *rest = source.removeprefix("hf:").split(":")
+            split = rest.pop() if rest else "train"
+            table = load_dataset(source, *rest, split=split).to_pandas()
+        elif is_csv or has_header:
+            form = dict(keep_default_na=False, encoding="utf-8-sig")
+            table = pandas.read_csv(source, sep="," if is_csv else "\t", **form)
+        else:
+            lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
+            table = pandas.DataFrame(dict(prompt=[line.split("\t")[0] for line in lines]))
+    except Exception as error:  # both libraries raise their own kinds: gated, absent, offline, torn
+        message = f"{flag}: cannot {'load' if is_hub else 'read'} {source}: {first_line(error)}"
+        if is_hub:
+            page = f"https://huggingface.co/datasets/{source}"
+            message += f"; a gated set needs its terms accepted on {page} and `hf auth login`"
+        raise UserError(message) from None
+    # pandas takes a surplus first field for an index
+    if not isinstance(table.index, pandas.RangeIndex):
+        raise UserError(f"{flag}: {source}: rows have more fields than the header")
+    return table
+
+
+def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
+    """[{prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column, no header), or
+    hf:owner/dataset[:config][:split] (one name between the colons is the split; without, "train").
+
+    #column at the end names the prompts' column, of a header then. Without seeds of their own, rows
+    count from 1000. Rows of a split column keep "test" only; `where` is a condition on the columns,
+    as pandas reads it. Raises UserError.
+    """
+    source, _, column = spec.partition("#")
+    table = read_table(source, bool(column), flag)
+    column = column or "prompt"
+    if column not in table:
+        columns = ", ".join(map(str, table))
+        raise UserError(f"{flag}: {source} has no column {column!r}; it has {columns}")
+    table["prompt"] = table[column]
+    named_seeds = [name for name in ("evaluation_seed", "sd_seed") if name in table]
+    if named_seeds:
+        seeds = table[named_seeds[0]]
+        for seed in seeds:
+            if not re.fullmatch(r"\d{1,18}", str(seed)):
+                raise UserError(f"{flag}: {source}: {seeds.name} {seed!r} is not a whole number")
+        table["evaluation_seed"] = seeds.astype(int)
+    else:
+        table["evaluation_seed"] = range(1000, 1000 + len(table))
+    if where:
+        try:
+            kept = table.eval(where)
+            if str(getattr(kept, "dtype", "")) != "bool":  # a column's name would pick by number
+                raise ValueError("neither true nor false for each row")
+            table = table[kept]
+        except Exception as error:  # any of Python's own
+            columns = ", ".join(map(str, table))
+            what = f"{where!r} is no condition on {columns}: {first_line(error)}"
+            raise UserError(f"--where: {what}") from None
+    rows = []
+    for row in table.dropna(subset="prompt").to_dict("records"):
+        row["prompt"] = str(row["prompt"]).strip()
+        if row["prompt"] and row.get("split", "test") == "test":
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{flag}: {spec} holds no (test) prompts")
+    return rows
+
+
+def drop_minors(rows: list[dict], flag: str = "--prompts") -> tuple[list[dict], int]:
+    """(the rows whose prompt is not about minors, how many were). Raises UserError if none is."""
+    kept = [row for row in rows if not MINORS.search(row["prompt"])]
+    if not kept:
+        raise UserError(f"{flag}: no prompt is left after dropping those about minors")
+    return kept, len(rows) - len(kept)
+
+
+def cycle(rows: list[dict], n: int) -> list[dict]:
+    """n rows: the list again and again, each time with other noise."""
+    out = []
+    for i in range(n):
+        row = rows[i % len(rows)]
+        seed = row["evaluation_seed"] + 100_000 * (i // len(rows))
+        out.append(row | dict(evaluation_seed=seed))
+    return out
+
+
+def read_vocabulary(path: Path, concepts: list[str]) -> tuple[list[str], dict]:
+    """(concepts as the vocabulary spells them, {word: {kind, question, synonyms}}), from a CSV.
+
+    The vocabulary is what a judge can be asked about, and how. A concept outside it is an object of
+    that name; it keeps its capitals, and so has no article. Raises UserError for an empty concept.
+    """
+    with open(path, newline="") as f:
+        words = {row["word"]: row for row in csv.DictReader(f)}
+    for row in words.values():
+        row["synonyms"] = [word for word in row["synonyms"].split("|") if word]
+    spelled = []
+    vocabulary = {}
+    for concept in concepts:
+        name = concept.replace("_", " ")
+        if not name.strip():
+            raise UserError("--concept: is empty")
+        if name.lower() in words:
+            name = name.lower()
+        spelled.append(name)
+        vocabulary[name] = dict(kind="object", question=noun_phrase(name), synonyms=[])
+    return spelled, vocabulary | words
+
+
+def rename(prompt: str, concept: str, word: str) -> str:
+    """The prompt with the concept's name replaced, article included."""
+
+    def replacement(match):
+        return noun_phrase(word) if match[1] else word
+
+    name = rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b"
+    return re.sub(name, replacement, prompt, flags=re.I)
+
+
+def named(prompt: str, vocabulary: dict) -> list[str]:
+    """The words of the vocabulary that the prompt names, the longest first, and each only once: the
+    "van" of "van gogh" is no van."""
+    found = []
+    for word in sorted(vocabulary, key=len, reverse=True):
+        if mentions(word, prompt):
+            found.append(word)
+            prompt = re.sub(rf"\b{re.escape(word)}(e?s)?\b", "", prompt, flags=re.I)
+    return found

@@ -1,0 +1,69 @@
+"""Bad input ends in one line and exit code 2; a killed run leaves every file whole."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+# No word about the absent torchvision, which nothing here needs; transformers reads it on import.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from safetensors import SafetensorError
+
+
+class UserError(Exception):
+    """Bad input. Its text names the flag or the file; exit_code() prints it and returns 2."""
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+def exit_code(script: str, run) -> int:
+    """Calls run(). Bad input is one line and 2, a failure at run time one line and 1."""
+    try:
+        run()
+    except (UserError, json.JSONDecodeError) as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError, SafetensorError) as error:
+        print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are UserErrors: one line, no usage."""
+
+    def __init__(self, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
+    """For argparse's `type`: an int or a finite float between low and high."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value) or value % multiple:
+            limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            if multiple > 1:
+                limit += f" and a multiple of {multiple}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when kind(text) itself fails
+    return parse
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(temporary path), then rename: a killed run leaves either the old file or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)

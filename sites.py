@@ -1,0 +1,135 @@
+"""Where gates sit in a transformer: a table of layer names, and what follows from it."""
+
+from typing import NamedTuple
+
+import torch
+
+from safely import UserError
+
+# What is gated, by the layers' names: who makes the units, who reads them. Gates multiply what the
+# reader reads, or, without a reader, what the makers make. A gated FFN makes each neuron twice.
+PARTS = dict(
+    ffn=[  # hidden neurons of the feed-forward layers
+        (("net.0.proj",), "net.2"),  # FLUX.1, SD3, Qwen-Image, Chroma
+        (("linear_in",), "linear_out"),  # FLUX.2
+        (("w1", "w3"), "w2"),  # Z-Image
+        (("linear_1", "linear_3"), "linear_2"),  # Lumina 2
+        (("linear_1", "linear_2"), "out_projection"),  # AuraFlow
+        (("gate", "up"), "down"),  # Krea 2
+        (("proj", "gate_layer"), "out"),  # Qwen-Image 2.1
+        (("gate_proj", "up_proj"), "linear_fc2"),  # ERNIE-Image
+        (("conv_inverted", "conv_depth"), "conv_point"),  # Sana
+    ],
+    norm=[  # shifts, scales and gates of the text's AdaLN, where each block has its own
+        (("norm1_context.linear",), None),  # FLUX.1, SD3, AuraFlow
+        (("txt_mod.1",), None),  # Qwen-Image
+        (("adaLN_modulation.0",), None),  # Z-Image, whose text and picture share all layers
+    ],
+    # differs from paper: channels of the text's keys and values, where styles enter the picture
+    kv=[(("add_k_proj",), None), (("add_v_proj",), None)],
+    heads=[(("to_v", "add_v_proj"), None), (("to_v",), None)],  # attention heads, by their values
+    # neurons beside attention in single blocks: of FLUX.1 and Chroma, of FLUX.2
+    mlp=[(("proj_mlp",), "proj_out"), (("to_qkv_mlp_proj",), "to_out")],
+)
+MODULES = tuple(PARTS)
+TOKENS_FIRST = "linear_fc2"  # ERNIE-Image's FFN computes on (tokens, B, units)
+NO_PICTURES = "layerwise_blocks"  # Krea 2: a batch of tokens there, not of pictures
+
+
+class Site(NamedTuple):
+    """The gates of one place. Layers are dotted module names."""
+
+    units: int
+    producers: tuple  # the layers whose output rows are the units
+    consumer: str | None  # the layer whose last input columns read them
+
+
+def width(layer) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer or a convolution."""
+    if isinstance(layer, torch.nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    return layer.in_features, layer.out_features
+
+
+def gate_sites(transformer, modules=("ffn", "norm")) -> dict:
+    """{name of the layer at which the gates multiply: Site}, read off the layers' names and sizes.
+    Raises UserError for a transformer without a known feed-forward layer."""
+    layers = dict(transformer.named_modules())
+    sites = {}
+    for name, module in layers.items():
+        for kind in modules:
+            for makers, reader in PARTS[kind]:
+                producers = tuple(f"{name}.{maker}" for maker in makers)
+                consumer = f"{name}.{reader}" if reader else None
+                site = consumer or producers[0]
+                found = all(hasattr(layers.get(part), "weight") for part in (site, *producers))
+                if not found or site in sites or NO_PICTURES in name:
+                    continue
+                inputs, outputs = width(layers[site])
+                units = inputs if kind == "ffn" else outputs
+                if kind == "mlp":  # the reader also gets the attention's outputs
+                    units = inputs - outputs
+                if kind == "heads":  # Krea 2's attention does not say how many it has
+                    units = outputs * getattr(module, "heads", 0) // width(module.to_q)[1]
+                if units:
+                    sites[site] = Site(units, producers, consumer)
+    if "ffn" in modules and not any(site.consumer for site in sites.values()):
+        raise UserError(f"--model: no feed-forward layer known in {type(transformer).__name__}")
+    return sites
+
+
+def absent(transformer, modules) -> str:
+    """ "" or, for the first line of a run, which of the modules no block has to itself: one
+    modulation for all blocks (FLUX.2), or no text stream of its own (Z-Image)."""
+    missing = [module for module in modules if not gate_sites(transformer, (module,))]
+    return f" ({' and '.join(missing)}: no block has its own, not gated)" if missing else ""
+
+
+def shaped(gate, x, layer, site: Site):
+    """A site's gates, (U,) or (B, U), shaped to multiply x, what the layer reads or makes:
+    (B, ..., channels), (tokens, B, channels) or (B, channels, height, width)."""
+    is_convolution = isinstance(layer, torch.nn.Conv2d)
+    channels = x.shape[1 if is_convolution else -1]
+    if site.consumer:  # the units are its last channels
+        gate = torch.nn.functional.pad(gate, (channels - site.units, 0), value=1.0)
+    else:  # neighbouring channels make one head
+        gate = gate.repeat_interleave(channels // site.units, -1)
+    if gate.dim() == 2:
+        tokens_first = bool(site.consumer) and site.consumer.endswith(TOKENS_FIRST)
+        gate = gate.repeat(x.shape[int(tokens_first)] // len(gate), 1)  # guidance doubles B
+        if not is_convolution and not tokens_first:
+            gate = gate.view(len(gate), *[1] * (x.dim() - 2), channels)
+    if is_convolution:
+        gate = gate[..., None, None]
+    return gate.to(x)
+
+
+def closed_slices(transformer, mask: dict):
+    """Yields (parameter name, dim, indices) of the closed units' weights, on both sides: a closed
+    neuron gets no gradient from which it could grow again."""
+    sites = gate_sites(transformer, MODULES)
+    for name, gate in mask.items():
+        units, producers, consumer = sites[name]
+        closed = (gate == 0).nonzero().flatten().cpu()
+        for producer in producers:
+            layer = transformer.get_submodule(producer)
+            rows = width(layer)[1]
+            if consumer:  # the last rows, behind any q, k and v; in a fused gated FFN twice
+                copies = range(1, min(2, rows // units) + 1)
+                index = torch.cat([rows - i * units + closed for i in copies])
+            else:
+                index = closed[:, None] * (rows // units) + torch.arange(rows // units)
+            yield f"{producer}.weight", 0, index.flatten()
+            if layer.bias is not None:
+                yield f"{producer}.bias", 0, index.flatten()
+        if consumer:
+            inputs = width(transformer.get_submodule(consumer))[0]
+            yield f"{consumer}.weight", 1, inputs - units + closed
+
+
+@torch.no_grad()
+def fold(transformer, mask: dict) -> None:
+    """Zeroes the closed units' weights, in place. Equals `gated` bit for bit in fp32."""
+    for name, dim, index in closed_slices(transformer, mask):
+        parameter = transformer.get_parameter(name)
+        parameter.index_fill_(dim, index.to(parameter.device), 0)
