@@ -117,7 +117,7 @@ def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
 def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, dict]:
     """(the step to go on from, train's state); (0, {}) where none was written yet. Raises UserError
     unless the file is that of a run with so many gates, cases and steps."""
-    sizes = dict(latest=cases, logits=gates, exp_avg=gates, exp_avg_sq=gates)
+    sizes = dict(latest=cases, logits=gates, step=1, exp_avg=gates, exp_avg_sq=gates)
     path = folder / "state.safetensors"
     if not path.exists():
         return 0, {}
@@ -146,7 +146,7 @@ def read_metrics(folder: Path, rows: int | None = None) -> list[dict]:
     return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
 
 
-def open_folder(folder: Path, config: dict, step: int, save_every: int):
+def open_folder(folder: Path, config: dict, step: int):
     """Begins a run, or goes on with one from `step`: metrics of later steps are dropped. Returns a
     function for train's on_step: a line of metrics.jsonl a step, the state now and then."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def open_folder(folder: Path, config: dict, step: int, save_every: int):
         log.write(json.dumps(metrics) + "\n")
         log.flush()
         done = metrics["step"] + 1
-        if done % save_every == 0 or done == config["steps"]:
+        if done % config["save_every"] == 0 or done == config["steps"]:
             about = dict(step=str(done))
             path = folder / "state.safetensors"
             write_atomically(path, lambda temporary: save_file(state, temporary, about))
@@ -196,9 +196,9 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def check_folder(out_dir: Path, config: dict, resume: bool, needed: int) -> None:
+def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: int) -> None:
     """Raises UserError unless out_dir is new or empty, or, to resume, holds an unfinished run of
-    the same command; and unless the disk has room for `needed` bytes and a little more."""
+    the same command; and unless the disk has room for what it writes, in bytes."""
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir: {out_dir} is a file")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not resume:
@@ -214,7 +214,7 @@ def check_folder(out_dir: Path, config: dict, resume: bool, needed: int) -> None
                 raise UserError(f"--resume: --{flag} {found}; repeat the same command")
         if (out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {out_dir} is finished")
-    needed += 2**26
+    needed = 2**26 + (transformer_size if config["save"] == "full" else 0)
     home = next(p for p in (out_dir.absolute(), *out_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(home).free
     if free < needed:

@@ -136,10 +136,8 @@ def gated(transformer, gates: dict):
 
 def rollout(pipe, prompts, seeds, **call) -> torch.Tensor:
     """Final latents (B, ...) by the pipeline's own sampler, with gradients unless under no_grad.
-
     prompts, seeds: B of each; a seed means the same noise on every device and in any batch.
-    call: what pipe(...) takes, such as height, num_inference_steps, guidance_scale.
-    """
+    call: what pipe(...) takes, such as height, num_inference_steps, guidance_scale."""
     latents = []
 
     def keep(pipe, step, timestep, tensors):
@@ -185,13 +183,12 @@ def case_errors(pipe, cases, seeds, gates, weights, *, call, micro_batch=16, che
         with torch.no_grad():
             target = rollout(pipe, base_prompts, seeds[part], **call)
 
-        def loss_of_final(final):
+        def loss(final):
             return (weights[part].to(final.device) * squared_error(final, target)).sum()
 
         with gated(pipe.transformer, gates):
             if torch.is_grad_enabled():
-                how = dict(checkpoint=checkpoint, **call)
-                _, final = rollout_backward(pipe, prompts, seeds[part], loss_of_final, **how)
+                _, final = rollout_backward(pipe, prompts, seeds[part], loss, checkpoint, **call)
             else:
                 final = rollout(pipe, prompts, seeds[part], **call)
         errors.append(squared_error(final, target))
@@ -207,11 +204,9 @@ def harm_of_closing(
     pipe, prompts, sites, *, call, pictures=960, micro_batch=16, checkpoint="none", seed=0
 ):
     """{site: (U,)} h = E |dF/dgate|^2 over retain prompts: what closing each gate alone does.
-
     differs from paper: preserve_loss has no gradient where all gates are open, so erase_loss alone
     would choose which close first. For binary gates sum_i h_i (1 - gate_i) is the diagonal of its
-    second-order expansion there. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1).
-    """
+    second-order expansion there. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1)."""
     rank, count = processes()
     rng = random.Random(f"{seed} harm")
     chosen = rng.choices(prompts, k=pictures)
@@ -229,8 +224,7 @@ def harm_of_closing(
         # each picture has its own gates, so that one backward gives every picture's gradient
         gates = torch.ones(len(chosen[part]), total, device=harm.device, requires_grad=True)
         with gated(pipe.transformer, split(gates, sites)):
-            how = dict(checkpoint=checkpoint, **call)
-            rollout_backward(pipe, chosen[part], seeds[part], projection, **how)
+            rollout_backward(pipe, chosen[part], seeds[part], projection, checkpoint, **call)
         harm += gates.grad.square().sum(0) / pictures
     if count > 1:
         dist.all_reduce(harm)
@@ -252,7 +246,7 @@ def train(
     adam_eps, beta, batch, retain_batch, hard, max_closed, harm, harm_pictures=960, micro_batch=16,
     checkpoint="step", seed=0, first_step=0, state=None, on_step=None,
 ):  # fmt: skip
-    """Learns the gates of pipe.transformer; returns the mask, {site: (U,) of 0 and 1}.
+    """Learns the gates of pipe.transformer. Returns the mask, {site: (U,) of 0 and 1}.
 
     pairs: [(prompt, neutral prompt)]; retain: [prompt]; call: the sampler's arguments; the others
     as in DEFAULTS. After each step on_step(metrics, state) is called; first_step and state go on
@@ -261,9 +255,9 @@ def train(
     rank, count = processes()
     sites = gate_sites(pipe.transformer, modules)
     norm = gate_sites(pipe.transformer, ("norm",))
-    rates = [lr_norm if name in norm else lr_ffn for name in sites]
-    units = [site.units for site in sites.values()]
-    rates = torch.tensor(rates).repeat_interleave(torch.tensor(units))
+    units = torch.tensor([site.units for site in sites.values()])
+    rates = torch.tensor([lr_norm if name in norm else lr_ffn for name in sites])
+    rates = rates.repeat_interleave(units)
     logits = torch.full_like(rates, START[gate], requires_grad=True)
     optimizer = torch.optim.AdamW([logits], lr=1.0, weight_decay=weight_decay, eps=adam_eps)
     cases = [*pairs, *zip(retain, retain, strict=True)]
@@ -271,8 +265,7 @@ def train(
     if state:
         latest.copy_(state["latest"])
         logits.data.copy_(state["logits"])
-        moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[logits] = dict(step=torch.tensor(float(first_step)), **moments)
+        optimizer.state[logits] = {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
     threshold = closing_threshold(logits, max_closed)
     how = dict(call=call, micro_batch=micro_batch, checkpoint=checkpoint)
     harms = torch.zeros_like(rates)
@@ -296,14 +289,13 @@ def train(
         uniform = torch.rand(len(logits), generator=generator).clamp(1e-6, 1 - 1e-6)
         relaxed = relax(logits, gate, threshold, uniform)
         gates = relaxed.detach().to(pipe._execution_device).requires_grad_()
+        by_site = split(gates, sites)
 
         # errors, and the loss's gradient in the gates; each process has its share of the pictures
         mine = slice(rank, None, count)
         part = [cases[i] for i in chosen][mine]
         errors = torch.zeros(len(chosen), device=gates.device)
-        errors[mine] = case_errors(
-            pipe, part, seeds[mine], split(gates, sites), weights[mine], **how
-        )
+        errors[mine] = case_errors(pipe, part, seeds[mine], by_site, weights[mine], **how)
         if count > 1:
             dist.all_reduce(errors)
             dist.all_reduce(gates.grad)
@@ -312,10 +304,8 @@ def train(
         preserve_loss = errors[batch:].mean().item()
         loss = erase_loss + beta * preserve_loss
         if not (math.isfinite(loss) and gates.grad.isfinite().all()):
-            raise RuntimeError(
-                f"step {step}: the loss is {loss} (erase {erase_loss}, preserve {preserve_loss}) "
-                "or a gradient is not finite; try a smaller --lr_ffn and --lr_norm"
-            )
+            advice = "or a gradient is not finite; try a smaller --lr_ffn and --lr_norm"
+            raise RuntimeError(f"step {step}: the loss is {loss} {advice}")
 
         # on to the logits; the harm of closing alone counts less and less, until 70 % of the steps
         foresight = beta * harm * max(0.0, 1 - step / (0.7 * steps))
@@ -332,12 +322,9 @@ def train(
         closed = (logits <= threshold).float().mean().item()
         metrics = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss)
         metrics |= dict(closed=closed, sec_per_step=round(time.time() - began, 3))
-        bar.set_postfix(
-            erase=f"{erase_loss:.4f}", preserve=f"{preserve_loss:.4f}", closed=f"{closed:.1%}"
-        )
+        bar.set_postfix_str(f"erase {erase_loss:.4f}, preserve {preserve_loss:.4f}, {closed:.1%}")
         if on_step:
-            moments = {name: optimizer.state[logits][name] for name in ("exp_avg", "exp_avg_sq")}
-            on_step(metrics, dict(latest=latest, logits=logits.detach(), **moments))
+            on_step(metrics, dict(latest=latest, logits=logits.detach(), **optimizer.state[logits]))
     return split((logits.detach() > threshold).float(), sites)
 
 
@@ -349,9 +336,8 @@ def parse_args(argv=None):
     add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
     add("--steps", type=COUNT, default=400, help="optimiser steps (%(default)s)")
     for name, (paper, tiny, kind, text) in DEFAULTS.items():
-        choices = tuple(START) if name == "gate" else None
         help = f"{text} (paper: {paper}, tiny: {tiny})"
-        add(f"--{name}", type=kind, choices=choices, help=help)
+        add(f"--{name}", type=kind, choices=tuple(START) if name == "gate" else None, help=help)
     add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="(ffn norm)")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     lowmem.add_flags(parser)
@@ -375,6 +361,7 @@ def parse_args(argv=None):
 def run(args) -> None:
     began = time.time()
     workers = PartialState(cpu=args.device == "cpu")
+    is_first = workers.is_main_process
     if workers.num_processes > 1:
         args.device = str(workers.device)
 
@@ -390,11 +377,9 @@ def run(args) -> None:
     rows = promptfiles.training_rows(models.prompt_folder(args.model), **flags(promptfiles.FLAGS))
     kind, meta, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
     sites = gate_sites(meta, args.modules)
-    memory = flags(lowmem.FLAGS)
-    args.checkpoint, plan = lowmem.plan(meta, kind, sites, call, args.device, **memory)
+    args.checkpoint, plan = lowmem.plan(meta, kind, sites, call, args.device, **flags(lowmem.FLAGS))
     config = artefacts.run_config(vars(args), call)
-    size = 2 * meta.num_parameters() if args.save == "full" else 0
-    artefacts.check_folder(args.out_dir, config, args.resume, size)
+    artefacts.check_folder(args.out_dir, config, args.resume, 2 * meta.num_parameters())
     total = sum(site.units for site in sites.values())
     cases = len(rows.pairs) + len(rows.retain)
     first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
@@ -405,37 +390,34 @@ def run(args) -> None:
         flush=True,
     )
     if args.dry_run:
-        workers.print(json.dumps(config, indent=1))
-        return
+        return workers.print(json.dumps(config, indent=1))
 
-    # the text encoders encode all there is, and leave before the transformer comes
     pipe = models.load_pipeline(args.model, "cpu", models.default_dtype(args.device))
     base = artefacts.fingerprint(pipe.transformer)
     workers.wait_for_everyone()  # all have looked at out_dir
-    on_step = None
-    if workers.is_main_process:
-        on_step = artefacts.open_folder(args.out_dir, config, first_step, args.save_every)
+    on_step = artefacts.open_folder(args.out_dir, config, first_step) if is_first else None
+
+    # the text encoders encode all there is, and leave before the transformer comes
     held_out = rows.held_out(args.seed)
     tests = promptfiles.as_pairs(held_out["concept prompts"] + held_out["other prompts"])
     pairs, retain = promptfiles.as_pairs(rows.pairs), promptfiles.as_pairs(rows.retain)
+    texts = [text for pair in pairs + retain + tests for text in pair]
     remember_prompts(pipe)
-    models.encode_all(
-        pipe, args.device, [text for pair in pairs + retain + tests for text in pair], call
-    )
+    models.encode_all(pipe, args.device, texts, call)
     lowmem.place(pipe, args.device, args.quantize, args.offload, args.compile)
 
     settings = flags((*DEFAULTS, "modules", "steps", "micro_batch", "checkpoint", "seed"))
     settings |= dict(call=call, first_step=first_step, state=state, on_step=on_step)
     mask = train(pipe, pairs, [prompt for prompt, _ in retain], **settings)
-    if not workers.is_main_process:
+    if not is_first:
         return
 
     # what it did, on prompts and noises that training never had; gated and folded are the same bits
     errors = {}
     sheet = []
     noises = range(HELD_OUT_NOISE, HELD_OUT_NOISE + len(tests))
+    how = dict(call=call, micro_batch=args.micro_batch)
     for name, gates in (("base", {}), ("erased", mask)):
-        how = dict(call=call, micro_batch=args.micro_batch)
         with torch.no_grad():
             errors[name] = case_errors(pipe, tests, noises, gates, None, **how)
         with gated(pipe.transformer, gates):
@@ -444,9 +426,7 @@ def run(args) -> None:
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))
     if args.save == "full":
         artefacts.save_folded(args.model, kind, mask, args.out_dir / "transformer")
-    hardware = lowmem.hardware(args.device)
-    concepts = len(held_out["concept prompts"])
-    line = pictures.summary(mask, errors, concepts, time.time() - began, hardware)
+    line = pictures.summary(mask, errors, held_out, time.time() - began, args.device)
     facts = config | dict(pairs=len(pairs), retain=len(retain), held_out=len(tests))
     pictures.save_card(args.out_dir, line, base, facts)
     artefacts.save_mask(args.out_dir / "mask.safetensors", mask, base, args.modules)  # finished

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 from pathlib import Path
 
 import safely  # noqa: F401  (first: it keeps transformers quiet)
@@ -58,6 +59,8 @@ CALL_FLAGS = dict(
     width=number(int, 16, multiple=16),
     max_sequence_length=number(int, 1, 512),
 )
+# Texts that encode_prompt takes, one a picture; Lumina 2 has a system_prompt for all.
+PROMPT = re.compile(r"(negative_)?prompt(_\d)?")
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError)
 
 
@@ -227,11 +230,12 @@ def remember_prompts(pipe) -> None:
         device = arguments.pop("device", None) or pipe._execution_device
         lists = {}
         for name, value in arguments.items():
-            if "prompt" in name and isinstance(value, (str, list)):
+            if PROMPT.fullmatch(name) and isinstance(value, (str, list)):
                 lists[name] = [value] if isinstance(value, str) else value
         encoded = []
         for i in range(max(map(len, lists.values()), default=1)):
-            one = arguments | {name: [texts[i]] for name, texts in lists.items()}
+            # a single negative prompt goes with all prompts
+            one = arguments | {name: [texts[i % len(texts)]] for name, texts in lists.items()}
             key = repr(one)  # made before encoding: Z-Image writes its template into the list
             if key not in known:
                 with torch.no_grad():

@@ -117,8 +117,12 @@ optimiser's state; `transformer/`, if it is there, loads by its class's from_pre
 """
 
 
-def summary(mask: dict, errors: dict, concepts: int, seconds: float, hardware: str) -> str:
-    """What a run did, in a line. errors: {base or erased: (N,)}, the concept's prompts first."""
+def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) -> str:
+    """What a run did, in a line. errors: {base or erased: (N,)} of held_out, {kind: rows}."""
+    concepts = len(held_out["concept prompts"])  # which come first
+    hardware = f"{torch.get_num_threads()} CPU threads"
+    if torch.device(device).type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
     closed = sum(int((gate == 0).sum()) for gate in mask.values())
     total = sum(gate.numel() for gate in mask.values())
     before = errors["base"][:concepts].mean().item()

@@ -1,0 +1,47 @@
+"""For all tests: a CPU, no network, the embedded pipeline and one small run of erase.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the oracles are fp32 on the CPU
+os.environ["HF_HUB_OFFLINE"] = "1"  # no waiting for a hub that is not there
+import pytest
+
+import models
+
+# Four steps, at rates that close some gates by then.
+QUICK = ["--model", "tiny/flux", "--concept", "gun", "--steps", "4", "--batch", "2"]
+QUICK += ["--retain_batch", "2", "--save_every", "1", "--lr_ffn", "3", "--lr_norm", "3"]
+QUICK += ["--harm", "0.001"]
+# On CPUs `accelerate launch` starts one process only.
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def command(script, *arguments, launch=()):
+    """The real command line as a list; launch: what stands between python and the script."""
+    return [sys.executable, *launch, script, *map(str, arguments)]
+
+
+def run(script, *arguments, launch=()):
+    """Runs it in the kit's folder, on one thread a process, to the end."""
+    settings = dict(cwd=models.HERE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    line = command(script, *arguments, launch=launch)
+    return subprocess.run(line, capture_output=True, text=True, **settings)
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    return models.load_pipeline(models.TINY, "cpu")
+
+
+@pytest.fixture(scope="session")
+def erased(tmp_path_factory):
+    """The folder of a four-step run."""
+    folder = tmp_path_factory.mktemp("erased") / "gun"
+    done = run("erase.py", *QUICK, "--out_dir", folder)
+    assert done.returncode == 0, done.stderr
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    assert 0 < json.loads(last)["closed"] < 1
+    return folder
