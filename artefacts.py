@@ -111,6 +111,8 @@ def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
     """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
     fold(transformer, mask)
+    for leftover in (folder, folder.with_name(folder.name + ".tmp")):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
     write_atomically(folder, transformer.save_pretrained)
 
 

@@ -7,267 +7,32 @@
 A success is a picture in which the judge sees the concept. No attack ever sees the judge: it
 optimises distances of text vectors or of velocities, on noise of its own, and is scored on the
 prompts' evaluation seeds, its strings encoded anew by the stock pipeline. The headline is the union
-over all attacks. What is still in the weights, probes.py measures.
-
-For FLUX.1, which reads two strings: one through CLIP (a vector), one through T5 (a sequence).
-Shapes: K searched tokens, V vocabulary, D embedding width, L text positions, T picture tokens of C
-channels; x_s = (1 - s) x_0 + s noise, velocity v = noise - x_0, sigma s from 1 to 0.
+over all attacks. What is still in the weights, probes.py measures. Shapes: as in opened.py.
 """
 
-import copy
 import functools
-import hashlib
-import json
 import math
-import os
 import random
 import sys
-import tempfile
-import time
-from collections import Counter
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Callable, NamedTuple
+from dataclasses import replace
 
-import models  # first: it keeps transformers quiet
+import models  # noqa: F401  (first: it keeps transformers quiet)
 
 # isort: split
 import torch
-import torch.nn.functional as F
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from tqdm import tqdm
 
-import artefacts
-import evaluate
-import judges
-import promptfiles
-from erase import gated
-from pictures import save_preview
-from safely import Parser, UserError, exit_code, number, write_atomically
+import trials
+from opened import SIDES, Model, spent
+from safely import UserError, exit_code
+from trials import UNION, Case, Job, Setup
 
-# prompts attacked; noises a string is judged on; searches: (generations, population) or
-# (steps, candidates a step)
-BUDGETS = dict(
-    quick=dict(
-        prompts=6, seeds=4, ring_a_bell=(100, 100), mma=(40, 64), p4d=(16, 32), unlearn_diff=(16, 32)
-    ),
-    full=dict(
-        prompts=20, seeds=4, ring_a_bell=(150, 100), mma=(60, 96), p4d=(24, 48), unlearn_diff=(24, 48)
-    ),
+# How long searches take: (generations, population) of ring_a_bell, else (steps, candidates a step)
+EFFORT = dict(
+    quick=dict(ring_a_bell=(100, 100), mma=(40, 64), p4d=(16, 32), unlearn_diff=(16, 32)),
+    full=dict(ring_a_bell=(150, 100), mma=(60, 96), p4d=(24, 48), unlearn_diff=(24, 48)),
 )
-SIDES = ("clip", "t5")
 TOKENS, PREFIX = 8, 3  # searched tokens a side: alone, and in front of a prompt
 SEARCH_NOISE = 2**41  # far from evaluation and training seeds
-COSTS = ("network", "backward", "encoder", "pictures")
-spent = Counter()  # how many of COSTS the case at hand took: evaluations and backward passes
-
-
-# -------------------------------------------------------------------------------------------- model
-class Model:
-    """A FLUX pipeline under a mask ({}: the base), its text encoders opened at their embeddings.
-
-    call: what pipe(...) takes. banned: words that no searched string may hold. pairs: prompt pairs
-    of the concept, for Ring-A-Bell's direction.
-    """
-
-    def __init__(self, pipe, mask: dict, call: dict, banned=(), pairs=()):
-        self.pipe = pipe
-        self.device = pipe.device
-        self.mask = {site: gate.to(pipe.device) for site, gate in mask.items()}
-        self.call = dict(guidance_scale=3.5, max_sequence_length=512) | call  # diffusers' defaults
-        grid = (call["height"] // 16, call["width"] // 16)
-        positions = FluxPipeline._prepare_latent_image_ids
-        self.image_ids = positions(1, *grid, pipe.device, pipe.transformer.dtype)  # (T, 3)
-        self.sigmas = self.schedule()
-        self.searched = self.sigmas[:-1:2]  # where velocities are compared: 1, .5 of the usual four
-        clip_length = pipe.tokenizer.model_max_length
-        self.lengths = dict(clip=clip_length, t5=self.call["max_sequence_length"])
-        self.tokenizers = dict(clip=pipe.tokenizer, t5=pipe.tokenizer_2)
-        encoders = (pipe.text_encoder, pipe.text_encoder_2)
-        tables = [encoder.get_input_embeddings().weight for encoder in encoders]
-        self.tables = dict(zip(SIDES, tables, strict=True))  # (V, D)
-        self.vocabularies = {side: Vocabulary(self, side, banned) for side in SIDES}
-        self.directions = {side: self.direction(side, pairs) for side in SIDES if pairs}
-
-    def on(self):
-        return gated(self.pipe.transformer, self.mask)
-
-    # text
-    def ids(self, side: str, text: str) -> list[int]:
-        """Token ids without start, end and padding."""
-        found = self.tokenizers[side](text, add_special_tokens=False).input_ids
-        return found[: self.lengths[side] - 2]
-
-    def decode(self, side: str, ids: list[int]) -> str:
-        return self.tokenizers[side].decode(ids, skip_special_tokens=True).strip()
-
-    def rows(self, side: str, ids: list[list[int]]) -> torch.Tensor:
-        """Embeddings (N, K, D) of N lists of K ids."""
-        return self.tables[side][torch.tensor(ids, device=self.device, dtype=torch.long)].float()
-
-    def content(self, side: str, text: str) -> torch.Tensor:
-        """Embeddings (1, K, D) of a string."""
-        return self.rows(side, [self.ids(side, text)])
-
-    def embed(self, side: str, middle: torch.Tensor) -> torch.Tensor:
-        """What FLUX reads of content embeddings (N, K, D), with start, end and padding around them:
-        CLIP's pooled vector (N, P), or T5's sequence (N, L, D)."""
-        tokenizer, table = self.tokenizers[side], self.tables[side]
-        end = middle.shape[1] + (side == "clip")  # T5 has no start token
-        ids = torch.full((len(middle), self.lengths[side]), tokenizer.pad_token_id)
-        ids[:, :end] = 0  # any but the end token, whose place is all that CLIP reads of its ids
-        ids[:, end] = tokenizer.eos_token_id
-        if side == "clip":
-            ids[:, 0] = tokenizer.bos_token_id
-        ids = ids.to(middle.device)
-        around = table[ids]
-        start = end - middle.shape[1]
-        rows = torch.cat([around[:, :start], middle.to(table.dtype), around[:, end:]], 1)
-        spent["encoder"] += len(middle)
-        if side == "t5":
-            return self.pipe.text_encoder_2(inputs_embeds=rows).last_hidden_state
-        layer = self.pipe.text_encoder.get_input_embeddings()
-        handle = layer.register_forward_hook(lambda *_: rows)
-        try:
-            return self.pipe.text_encoder(ids).pooler_output
-        finally:
-            handle.remove()
-
-    def read(self, side: str, text: str) -> torch.Tensor:
-        """(R, D): CLIP's vector as one row, or T5's rows at the content's positions."""
-        content = self.content(side, text)
-        rows = self.embed(side, content).reshape(-1, self.tables[side].shape[1])
-        return rows[: content.shape[1] if side == "t5" else 1]
-
-    def direction(self, side: str, pairs: list[dict]) -> torch.Tensor:
-        """(D,) Ring-A-Bell's vector: the mean difference that the concept makes in prompt pairs."""
-        differences = []
-        for pair in pairs:
-            neutral = self.read(side, pair["neutral_prompt"]).mean(0)
-            differences.append(self.read(side, pair["prompt"]).mean(0) - neutral)
-        return torch.stack(differences).mean(0)
-
-    def mismatch(self, side: str, middle: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """(N,) mean over the wanted rows (R, D) of 1 - cosine to the nearest row: FLUX does not see
-        where a T5 row stands, its text ids are all zero."""
-        found = self.embed(side, middle).float().reshape(len(middle), -1, wanted.shape[1])
-        cosines = F.normalize(found, dim=-1) @ F.normalize(wanted.float(), dim=-1).T  # (N, rows, R)
-        return 1 - cosines.amax(1).mean(-1)
-
-    def text(self, prompt: str, n: int = 1, behind: dict | None = None) -> tuple:
-        """(sequence (n, L, D), pooled (n, P)) of a string; `behind` it vectors {side: (m, D)}, for
-        which its end is cut if there is no room."""
-        read = []
-        for side in ("t5", "clip"):
-            content = self.content(side, prompt)
-            if behind:
-                room = self.lengths[side] - 2 - len(behind[side])
-                content = torch.cat([content[:, :room], behind[side][None]], 1)
-            once = self.embed(side, content)
-            read.append(once.expand(n, *once.shape[1:]))
-        return tuple(read)
-
-    # pictures
-    def schedule(self) -> list[float]:
-        """The sampler's sigmas, 1 ... 0, by the model's own scheduler."""
-        config = self.pipe.scheduler.config
-        seq_len = config.base_image_seq_len, config.max_image_seq_len
-        mu = calculate_shift(len(self.image_ids), *seq_len, config.base_shift, config.max_shift)
-        steps = self.call["num_inference_steps"]
-        sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).numpy()
-        self.pipe.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-        return self.pipe.scheduler.sigmas.tolist()
-
-    def noise(self, seeds) -> torch.Tensor:
-        """(B, T, C), as the stock pipeline draws it from one CPU generator a picture."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        transformer, call = self.pipe.transformer, self.call
-        size = transformer.config.in_channels // 4, call["height"], call["width"]
-        how = (transformer.dtype, "cpu", generators)
-        return self.pipe.prepare_latents(len(generators), *size, *how)[0].to(self.device)
-
-    def velocity(self, x, s: float, text: tuple) -> torch.Tensor:
-        """v(x, s) (B, T, C) under text (sequence (B, L, D), pooled (B, P))."""
-        sequence, pooled = text
-        spent["network"] += len(x)
-        transformer = self.pipe.transformer
-        guidance = None
-        if transformer.config.guidance_embeds:
-            guidance = torch.full((len(x),), self.call["guidance_scale"], device=x.device)
-        return transformer(
-            hidden_states=x,
-            timestep=torch.full((len(x),), s * 1000, device=x.device, dtype=x.dtype) / 1000,
-            guidance=guidance,
-            encoder_hidden_states=sequence,
-            pooled_projections=pooled,
-            img_ids=self.image_ids,
-            txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype),
-            return_dict=False,
-        )[0]
-
-    def euler(self, x, s: float, s_next: float, text: tuple) -> torch.Tensor:
-        """One sampling step, rounded as the scheduler does: the sum is fp32."""
-        step = torch.tensor(s_next, dtype=torch.float32) - torch.tensor(s, dtype=torch.float32)
-        return (x.float() + step * self.velocity(x, s, text)).to(x.dtype)
-
-    @torch.no_grad()
-    def trajectory(self, noise, text: tuple, sigmas: list[float] | None = None) -> list:
-        """[0] noise ... [-1] final latents, each (B, T, C)."""
-        sigmas = sigmas or self.sigmas
-        states = [noise]
-        for s, s_next in zip(sigmas, sigmas[1:], strict=False):
-            states.append(self.euler(states[-1], s, s_next, text))
-        return states
-
-    def draw(self, clip: str, t5: str, seeds: list[int], **settings) -> list:
-        """A picture for each seed, of two plain strings, by the stock pipeline. settings: what its
-        call has instead."""
-        call = self.call | settings
-        spent["pictures"] += len(seeds)
-        spent["network"] += len(seeds) * call["num_inference_steps"]
-        call["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        call["num_images_per_prompt"] = len(seeds)
-        return self.pipe(prompt=clip, prompt_2=t5, **call).images
-
-
-class Vocabulary:
-    """Token ids an attack may use on one side: all but special tokens, unprintable ones and those
-    that hold a banned word. Whether they name the concept together, and stay what they are when
-    retokenised, only the whole string tells: the inside of a word, as "sto", survives in some
-    places alone, and it is there that a concept's synonyms live on."""
-
-    def __init__(self, model: Model, side: str, banned):
-        self.model = model
-        self.side = side
-        self.banned = [words.lower() for words in banned]
-        tokenizer = model.tokenizers[side]
-        special = set(tokenizer.all_special_ids)  # a property, slow
-        pieces = [word for words in self.banned for word in words.split() if len(word) > 2]
-        self.allowed = []
-        for i in range(len(model.tables[side])):
-            text = "" if i in special else tokenizer.decode([i]).lower().strip()
-            is_plain = text and text.isprintable() and "\ufffd" not in text
-            if is_plain and not any(piece in text for piece in pieces):
-                self.allowed.append(i)
-        if len(self.allowed) < 2:
-            raise UserError(f"no token of the {side} tokenizer survives the ban list")
-        self.table = model.tables[side][torch.tensor(self.allowed, device=model.device)]  # (V, D)
-
-    def valid(self, ids: list[int]) -> bool:
-        """Their string gives these ids again, holds no banned word, not even inside another, and is
-        not about minors."""
-        text = self.model.decode(self.side, ids)
-        if self.model.ids(self.side, text) != ids or promptfiles.MINORS.search(text):
-            return False
-        return not any(words in text.lower() for words in self.banned)
-
-    def random(self, rng, k: int) -> list[int]:
-        while True:
-            text = self.model.decode(self.side, rng.choices(self.allowed, k=k))
-            ids = self.model.ids(self.side, text)[:k]
-            if len(ids) == k and self.valid(ids):
-                return ids
 
 
 # ----------------------------------------------------------------------------------------- searches
@@ -434,9 +199,107 @@ def unlearn_diff(model: Model, base: Model, case, effort, rng) -> dict:
         return model.embed(side, torch.cat([rows[side], rest], 1))
 
     def loss(rows):
-        return velocity_error(model, (behind(rows, "t5"), behind(rows, "clip")), states, wanted, sigmas)
+        return velocity_error(
+            model, (behind(rows, "t5"), behind(rows, "clip")), states, wanted, sigmas
+        )
 
     start = {side: model.vocabularies[side].random(rng, PREFIX) for side in SIDES}
     with model.on():
         found = gradient_search(model, start, loss, effort, rng)
     return {side: f"{text} {case.context}" for side, text in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------- run
+SEARCHES = dict(ring_a_bell=ring_a_bell, mma=mma, p4d=p4d, unlearn_diff=unlearn_diff)
+ENCODER = ("ring_a_bell", "mma")  # see no transformer: they find the same for base and erased
+
+
+def find_shots(setup: Setup, attack: str, model: Model, case: Case) -> list[dict]:
+    """The strings and sampler settings that an attack ends in: [{clip, t5, ...}]."""
+    prompt, neutral = case.prompt, case.neutral
+    rng = random.Random(f"{setup.about['seed']} {attack} {case.name}")
+    if attack == "random tokens":
+        ids = {side: model.vocabularies[side].random(rng, TOKENS) for side in SIDES}
+        return [{side: model.decode(side, ids[side]) for side in SIDES}]
+    if attack == "synonyms":
+        return [dict(clip=text, t5=text) for text in case.synonyms]
+    if attack == "split":
+        return [dict(clip=neutral, t5=prompt), dict(clip=prompt, t5=neutral)]
+    if attack == "knobs":
+        settings = [dict(num_inference_steps=n) for n in (1, 2, 8)]
+        length = model.lengths["t5"]
+        for n in (length // 2, length * 2):
+            if n <= model.tokenizers["t5"].model_max_length:
+                settings.append(dict(max_sequence_length=n))
+        return [dict(clip=prompt, t5=prompt) | some for some in settings]
+    if attack in SEARCHES:
+        key = (attack, case, model.pipe.text_encoder if attack in ENCODER else model)
+        if key not in setup.found:
+            effort = EFFORT[setup.about["budget"]][attack]
+            setup.found[key] = SEARCHES[attack](model, setup.models["base"], case, effort, rng)
+        return [setup.found[key]]
+    return [dict(clip=prompt, t5=prompt)]  # plain, seeds, replay, and on mended weights
+
+
+def text_attack(setup: Setup, attack: str, model: Model):
+    """Begins it: what plays a case."""
+
+    def play(case: Case) -> tuple:
+        shots = find_shots(setup, attack, model, case)
+        seeds = case.seeds(attack)
+        with model.on():
+            return shots, [setup.score(model.draw(seeds=seeds, **shot)) for shot in shots]
+
+    return play
+
+
+def text_jobs(setup: Setup, attacks) -> list[Job]:
+    jobs = []
+
+    def add(attack, target, cases):
+        begin = functools.partial(text_attack, setup, attack, setup.models[target])
+        jobs.append(Job(attack, target, cases, begin))
+
+    for target in setup.models:
+        add("random tokens", target, setup.cases)
+    for attack in dict.fromkeys(attacks):
+        cases = setup.replayed if attack == "replay" else setup.cases
+        if attack == "synonyms":
+            cases = [case for case in cases if case.synonyms]
+        for target in setup.others:
+            add(attack, target, cases)
+        if attack in ("plain", "replay", *ENCODER):
+            add(attack, "base", cases)
+        elif attack in SEARCHES:  # they work on the base, from where nothing names the concept
+            few = cases[: max(3, len(cases) // 2)]
+            add(attack, "base", [replace(case, context=case.neutral) for case in few])
+    return jobs
+
+
+def parse_args(argv=None):
+    parser = trials.make_parser(__doc__, (*UNION, "replay"), UNION)
+    help = "prompts of the attack replay, found on other models: what evaluate.py --prompts takes"
+    parser.add_argument("--prompts", help=help)
+    parser.add_argument("--where", help="keep rows of --prompts")
+    args = trials.parse(parser, argv, "attacks")
+    if args.where and not args.prompts:
+        raise UserError("--where: goes with --prompts")
+    if "replay" in args.attack and not args.prompts:
+        raise UserError("--attack replay: needs --prompts")
+    if args.prompts and "replay" not in args.attack:
+        raise UserError("--prompts: goes with --attack replay")
+    return args
+
+
+def run(args) -> None:
+    flags = {name: vars(args)[name] for name in (*trials.FLAGS, "prompts", "where")}
+    setup = trials.prepare(args.erased, **flags)
+    trials.play(setup, text_jobs(setup, args.attack))
+
+
+def main(argv=None) -> int:
+    return exit_code("attacks.py", lambda: run(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

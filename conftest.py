@@ -17,6 +17,8 @@ QUICK += ["--retain_batch", "2", "--save_every", "1", "--lr_ffn", "3", "--lr_nor
 QUICK += ["--harm", "0.001"]
 # On CPUs `accelerate launch` starts one process only.
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+# In the kit's folder, on one thread a process: the same bits each time.
+PLACE = dict(cwd=models.HERE, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
 def command(script, *arguments, launch=()):
@@ -25,10 +27,9 @@ def command(script, *arguments, launch=()):
 
 
 def run(script, *arguments, launch=()):
-    """Runs it in the kit's folder, on one thread a process, to the end."""
-    settings = dict(cwd=models.HERE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    """Runs it to the end."""
     line = command(script, *arguments, launch=launch)
-    return subprocess.run(line, capture_output=True, text=True, **settings)
+    return subprocess.run(line, capture_output=True, text=True, **PLACE)
 
 
 @pytest.fixture(scope="session")

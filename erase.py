@@ -41,7 +41,7 @@ import recompute
 from artefacts import load_erased, load_mask  # noqa: F401 (for who imports this file)
 from models import remember_prompts
 from safely import Parser, UserError, exit_code, number
-from sites import MODULES, absent, fold, gate_sites, shaped  # noqa: F401
+from sites import MODULES, TOKENS_FIRST, absent, fold, gate_sites, shaped  # noqa: F401
 
 # Flags by preset: the paper's table 6, and what measured best on tiny/flux; then kind and help.
 PRESETS = ("paper", "tiny")
@@ -112,11 +112,11 @@ def gated(transformer, gates: dict):
     must last until after the backward. Raises ValueError for gates that do not fit."""
     sites = gate_sites(transformer, MODULES)
 
-    def scale_input(layer, inputs, name):
-        return (inputs[0] * shaped(gates[name], inputs[0], layer, sites[name]), *inputs[1:])
+    def scale_input(layer, inputs, gate, tokens_first):
+        return (inputs[0] * shaped(gate, inputs[0], layer, True, tokens_first), *inputs[1:])
 
-    def scale_output(layer, inputs, output, name):
-        return output * shaped(gates[name], output, layer, sites[name])
+    def scale_output(layer, inputs, output, gate):
+        return output * shaped(gate, output, layer, False)
 
     with contextlib.ExitStack() as hooks:
         for name, gate in gates.items():
@@ -124,12 +124,13 @@ def gated(transformer, gates: dict):
                 raise ValueError(f"{name}: {gate.shape[-1]} gates do not fit {sites.get(name)}")
             if sites[name].consumer:
                 reader = transformer.get_submodule(name)
-                hook = functools.partial(scale_input, name=name)
+                tokens_first = name.endswith(TOKENS_FIRST)
+                hook = functools.partial(scale_input, gate=gate, tokens_first=tokens_first)
                 hooks.enter_context(reader.register_forward_pre_hook(hook))
                 continue
             for producer in sites[name].producers:
                 maker = transformer.get_submodule(producer)
-                hook = functools.partial(scale_output, name=name)
+                hook = functools.partial(scale_output, gate=gate)
                 hooks.enter_context(maker.register_forward_hook(hook))
         yield
 

@@ -118,7 +118,7 @@ def flux_dev():
     transformer = diffusers.FluxTransformer2DModel(**dev)
     encoders = (clip(transformers.CLIPTextModel), t5())
     pipe = pipeline(diffusers.FluxPipeline, transformer, vae(), *encoders)
-    return pipe, CALL | dict(guidance_scale=3.5, max_sequence_length=16)
+    return pipe, CALL | dict(guidance_scale=3.5, max_sequence_length=32)
 
 
 def flux2_klein(guidance_scale=1.0, is_distilled=True):
@@ -140,7 +140,7 @@ def sd3():
     scheduler = flow(shift=3.0)
     kind = diffusers.StableDiffusion3Pipeline
     pipe = pipeline(kind, transformer, vae(), *encoders, scheduler=scheduler)
-    return pipe, CALL | dict(guidance_scale=4.0, max_sequence_length=16)
+    return pipe, CALL | dict(guidance_scale=4.0, max_sequence_length=32)
 
 
 def z_image(guidance_scale=0.0):
@@ -167,7 +167,7 @@ def chroma():
     sizes = dict(approximator_hidden_dim=32, approximator_layers=1, approximator_num_channels=16)
     transformer = diffusers.ChromaTransformer2DModel(**FLUX, **sizes)
     pipe = pipeline(diffusers.ChromaPipeline, transformer, vae(), t5())
-    return pipe, CALL | dict(guidance_scale=3.0, max_sequence_length=16)
+    return pipe, CALL | dict(guidance_scale=3.0, max_sequence_length=32)
 
 
 def lumina2():
@@ -176,7 +176,8 @@ def lumina2():
     axes = dict(axes_dim_rope=[4, 2, 2], axes_lens=[256, 128, 128])
     transformer = diffusers.Lumina2Transformer2DModel(**sizes, **axes)
     pipe = pipeline(diffusers.Lumina2Pipeline, transformer, vae(), gemma())
-    return pipe, CALL | dict(height=64, width=64, guidance_scale=4.0, max_sequence_length=64)
+    size = dict(height=64, width=64)  # it reads the schedule's shift off the latents' channels
+    return pipe, CALL | size | dict(guidance_scale=4.0, max_sequence_length=64, system_prompt="x")
 
 
 def aura_flow():

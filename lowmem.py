@@ -118,8 +118,8 @@ def place(pipe, device, kind="none", offloaded=False, compiled=False) -> None:
 
 def quantize(transformer, kind: str, device) -> None:
     """The frozen linear layers' weights in 8 bits (torchao) or 4 (bitsandbytes), layer by layer on
-    the device; they compute in the dtype they had. The libraries' own calls, as diffusers makes
-    them, which for nf4 refuse a CPU and so could not be tested."""
+    the device; they compute in the dtype they had. The libraries' own calls, for diffusers' way to
+    nf4 refuses a CPU, where it could be tested."""
     if kind == "fp8":
         from torchao.quantization import Float8WeightOnlyConfig, quantize_
 

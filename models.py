@@ -11,7 +11,8 @@ import safely  # noqa: F401  (first: it keeps transformers quiet)
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
@@ -157,7 +158,8 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
     """What the sampler is called with: the model's own card (CALLS), and over it the flags that are
     not None. Raises UserError for a flag that its pipeline does not take, or a missing size."""
     accepts = inspect.signature(kind.__call__).parameters
-    call = dict(CALLS.get(portable_name(model), {}))
+    name = "tiny/flux" if is_embedded(model) else portable_name(model)
+    call = dict(CALLS.get(name, {}))
     for flag, value in flags.items():
         if value is None:
             continue
@@ -180,7 +182,15 @@ def inspect_model(model: str, **flags) -> tuple:
 def stored_transformer(model: str, kind: type):
     """The model's transformer in the dtype it is stored in, its weights mapped from their files."""
     transformer_class = getattr(diffusers, kind.load_config(model)["transformer"][1])
-    return transformer_class.from_pretrained(model, subfolder="transformer", use_safetensors=True)
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, allow_patterns="transformer/*"))
+    files = (folder / "transformer").glob("*.safetensors")
+    file = min(file for file in files if file.name.count(".") == 1)  # not .fp16.safetensors
+    with safe_open(file, "pt") as f:  # diffusers would make it fp32
+        dtype = f.get_tensor(next(iter(f.keys()))).dtype
+    how = dict(subfolder="transformer", dtype=dtype, use_safetensors=True)
+    return transformer_class.from_pretrained(folder, **how)
 
 
 def load_pipeline(model: str, device=None, dtype=None):

@@ -5,6 +5,7 @@ Shapes: K searched tokens, V vocabulary, D embedding width, L text positions, T 
 channels; x_s = (1 - s) x_0 + s noise, velocity v = noise - x_0, sigma s from 1 to 0.
 """
 
+import copy
 from collections import Counter
 
 import models  # first: it keeps transformers quiet
@@ -18,17 +19,21 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from erase import gated
 from promptfiles import MINORS
 from safely import UserError
+from sites import fold
 
 SIDES = ("clip", "t5")
 COSTS = ("network", "backward", "encoder", "pictures")
 spent = Counter()  # how many of COSTS: evaluations, backward passes, texts encoded, pictures drawn
 
 
-def check_family(model: str, what: str) -> None:
-    """Raises UserError, which begins with `what`, unless it is a FLUX.1."""
+def check_family(model: str, call: dict, what: str) -> None:
+    """Raises UserError, which begins with `what`, unless it is a FLUX.1 that one call of the
+    transformer a step samples."""
     kind = models.pipeline_class(model)
     if kind is not FluxPipeline:
         raise UserError(f"{what}: {model} is a {kind.__name__}; attacks open a FluxPipeline only")
+    if call.get("true_cfg_scale", 1) > 1:
+        raise UserError(f"{what}: is sampled with true_cfg_scale, which attacks do not open")
 
 
 class Model:
@@ -59,6 +64,15 @@ class Model:
 
     def on(self):
         return gated(self.pipe.transformer, self.mask)
+
+    def folded(self):
+        """The model with its mask folded into a copy of the transformer: what a lab publishes."""
+        other = copy.copy(self)
+        other.mask = {}
+        other.pipe = copy.copy(self.pipe)
+        other.pipe.transformer = copy.deepcopy(self.pipe.transformer)
+        fold(other.pipe.transformer, self.mask)
+        return other
 
     # text
     def ids(self, side: str, text: str) -> list[int]:
@@ -196,6 +210,16 @@ class Model:
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         call["num_images_per_prompt"] = len(seeds)
         return self.pipe(prompt=clip, prompt_2=t5, **call).images
+
+    @torch.no_grad()
+    def show(self, latents) -> list:
+        """Final latents (B, T, C) -> B PIL pictures."""
+        pipe, call = self.pipe, self.call
+        spent["pictures"] += len(latents)
+        z = pipe._unpack_latents(latents, call["height"], call["width"], pipe.vae_scale_factor)
+        z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        decoded = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0]
+        return pipe.image_processor.postprocess(decoded, output_type="pil")
 
 
 class Vocabulary:

@@ -51,7 +51,8 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value) or value % multiple:
+        fits = low <= value <= high and math.isfinite(value)
+        if not fits or (multiple > 1 and value % multiple):
             limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             if multiple > 1:
                 limit += f" and a multiple of {multiple}"

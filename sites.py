@@ -85,17 +85,17 @@ def absent(transformer, modules) -> str:
     return f" ({' and '.join(missing)}: no block has its own, not gated)" if missing else ""
 
 
-def shaped(gate, x, layer, site: Site):
+def shaped(gate, x, layer, is_read: bool, tokens_first: bool = False):
     """A site's gates, (U,) or (B, U), shaped to multiply x, what the layer reads or makes:
-    (B, ..., channels), (tokens, B, channels) or (B, channels, height, width)."""
+    (B, ..., channels), (tokens, B, channels) or (B, channels, height, width). No layer's name comes
+    in here, so that compiled blocks of one kind share their graphs."""
     is_convolution = isinstance(layer, torch.nn.Conv2d)
     channels = x.shape[1 if is_convolution else -1]
-    if site.consumer:  # the units are its last channels
-        gate = torch.nn.functional.pad(gate, (channels - site.units, 0), value=1.0)
+    if is_read:  # the units are its last channels
+        gate = torch.nn.functional.pad(gate, (channels - gate.shape[-1], 0), value=1.0)
     else:  # neighbouring channels make one head
-        gate = gate.repeat_interleave(channels // site.units, -1)
+        gate = gate.repeat_interleave(channels // gate.shape[-1], -1)
     if gate.dim() == 2:
-        tokens_first = bool(site.consumer) and site.consumer.endswith(TOKENS_FIRST)
         gate = gate.repeat(x.shape[int(tokens_first)] // len(gate), 1)  # guidance doubles B
         if not is_convolution and not tokens_first:
             gate = gate.view(len(gate), *[1] * (x.dim() - 2), channels)
