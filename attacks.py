@@ -16,9 +16,6 @@ import random
 import sys
 from dataclasses import replace
 
-import models  # noqa: F401  (first: it keeps transformers quiet)
-
-# isort: split
 import torch
 
 import trials
@@ -54,7 +51,8 @@ def genetic_search(model: Model, side: str, wanted, generations, size, rng, *, h
         elite = [ids for _, ids in scored[: size // 2]]
         children = []
         while len(children) < size - len(elite):
-            mother, father = rng.choice(elite), rng.choice(elite)
+            mother = rng.choice(elite)
+            father = rng.choice(elite)
             cut = rng.randrange(1, TOKENS)
             child = mother[:cut] + father[cut:]
             if rng.random() < 0.5:
@@ -93,7 +91,8 @@ def gradient_search(model: Model, ids: dict, loss, effort, rng, *, use_gradient=
     steps, candidates = effort
     allowed = {side: model.vocabularies[side].allowed for side in ids}
     options = {side: [range(len(allowed[side]))] * len(ids[side]) for side in ids}
-    best, best_loss = ids, math.inf
+    best = ids
+    best_loss = math.inf
     for _ in range(steps):
         if use_gradient:
             options = steepest(model, ids, loss)
@@ -112,7 +111,8 @@ def gradient_search(model: Model, ids: dict, loss, effort, rng, *, use_gradient=
             losses = loss(rows)
             ids = tried[losses.argmin()]
             if losses.min().item() < best_loss:
-                best, best_loss = ids, losses.min().item()
+                best = ids
+                best_loss = losses.min().item()
         if history is not None:
             history.append(best_loss)
     return {side: model.decode(side, found) for side, found in best.items()}
@@ -216,7 +216,7 @@ ENCODER = ("ring_a_bell", "mma")  # see no transformer: they find the same for b
 
 def find_shots(setup: Setup, attack: str, model: Model, case: Case) -> list[dict]:
     """The strings and sampler settings that an attack ends in: [{clip, t5, ...}]."""
-    prompt, neutral = case.prompt, case.neutral
+    prompt = case.prompt
     rng = random.Random(f"{setup.about['seed']} {attack} {case.name}")
     if attack == "random tokens":
         ids = {side: model.vocabularies[side].random(rng, TOKENS) for side in SIDES}
@@ -224,7 +224,7 @@ def find_shots(setup: Setup, attack: str, model: Model, case: Case) -> list[dict
     if attack == "synonyms":
         return [dict(clip=text, t5=text) for text in case.synonyms]
     if attack == "split":
-        return [dict(clip=neutral, t5=prompt), dict(clip=prompt, t5=neutral)]
+        return [dict(clip=case.neutral, t5=prompt), dict(clip=prompt, t5=case.neutral)]
     if attack == "knobs":
         settings = [dict(num_inference_steps=n) for n in (1, 2, 8)]
         length = model.lengths["t5"]

@@ -18,12 +18,12 @@ Shapes: B pictures, U units (neurons) of a site, G gates of all sites. Latents a
 """
 
 import contextlib
-import functools
 import json
 import math
 import random
 import sys
 import time
+from functools import partial
 
 import models  # first: it keeps transformers quiet
 
@@ -124,13 +124,12 @@ def gated(transformer, gates: dict):
                 raise ValueError(f"{name}: {gate.shape[-1]} gates do not fit {sites.get(name)}")
             if sites[name].consumer:
                 reader = transformer.get_submodule(name)
-                tokens_first = name.endswith(TOKENS_FIRST)
-                hook = functools.partial(scale_input, gate=gate, tokens_first=tokens_first)
+                hook = partial(scale_input, gate=gate, tokens_first=name.endswith(TOKENS_FIRST))
                 hooks.enter_context(reader.register_forward_pre_hook(hook))
                 continue
             for producer in sites[name].producers:
                 maker = transformer.get_submodule(producer)
-                hook = functools.partial(scale_output, gate=gate)
+                hook = partial(scale_output, gate=gate)
                 hooks.enter_context(maker.register_forward_hook(hook))
         yield
 

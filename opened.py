@@ -94,7 +94,8 @@ class Model:
     def embed(self, side: str, middle: torch.Tensor) -> torch.Tensor:
         """What FLUX reads of content embeddings (N, K, D), with start, end and padding around them:
         CLIP's pooled vector (N, P), or T5's sequence (N, L, D)."""
-        tokenizer, table = self.tokenizers[side], self.tables[side]
+        tokenizer = self.tokenizers[side]
+        table = self.tables[side]
         end = middle.shape[1] + (side == "clip")  # T5 has no start token
         ids = torch.full((len(middle), self.lengths[side]), tokenizer.pad_token_id)
         ids[:, :end] = 0  # any but the end token, whose place is all that CLIP reads of its ids
@@ -153,8 +154,9 @@ class Model:
     def schedule(self) -> list[float]:
         """The sampler's sigmas, 1 ... 0, by the model's own scheduler."""
         config = self.pipe.scheduler.config
-        seq_len = config.base_image_seq_len, config.max_image_seq_len
-        mu = calculate_shift(len(self.image_ids), *seq_len, config.base_shift, config.max_shift)
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        shifts = (config.base_shift, config.max_shift)
+        mu = calculate_shift(len(self.image_ids), *lengths, *shifts)
         steps = self.call["num_inference_steps"]
         sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).numpy()
         self.pipe.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
@@ -163,10 +165,10 @@ class Model:
     def noise(self, seeds) -> torch.Tensor:
         """(B, T, C), as the stock pipeline draws it from one CPU generator a picture."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        transformer, call = self.pipe.transformer, self.call
-        size = transformer.config.in_channels // 4, call["height"], call["width"]
+        transformer = self.pipe.transformer
+        shape = (transformer.config.in_channels // 4, self.call["height"], self.call["width"])
         how = (transformer.dtype, "cpu", generators)
-        return self.pipe.prepare_latents(len(generators), *size, *how)[0].to(self.device)
+        return self.pipe.prepare_latents(len(generators), *shape, *how)[0].to(self.device)
 
     def velocity(self, x, s: float, text: tuple) -> torch.Tensor:
         """v(x, s) (B, T, C) under text (sequence (B, L, D), pooled (B, P))."""
@@ -214,9 +216,10 @@ class Model:
     @torch.no_grad()
     def show(self, latents) -> list:
         """Final latents (B, T, C) -> B PIL pictures."""
-        pipe, call = self.pipe, self.call
+        pipe = self.pipe
         spent["pictures"] += len(latents)
-        z = pipe._unpack_latents(latents, call["height"], call["width"], pipe.vae_scale_factor)
+        size = (self.call["height"], self.call["width"])
+        z = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
         z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         decoded = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0]
         return pipe.image_processor.postprocess(decoded, output_type="pil")

@@ -18,9 +18,6 @@ import random
 import sys
 from functools import partial
 
-import models  # noqa: F401  (first: it keeps transformers quiet)
-
-# isort: split
 import torch
 
 import trials
@@ -32,11 +29,8 @@ from safely import exit_code
 from sites import fold
 from trials import Case, Job, Setup
 
-RELEARN = (10, 50, 200)
-STEPS = dict(
-    quick=dict(inversion=100, noise=10, relearn=RELEARN),
-    full=dict(inversion=400, noise=40, relearn=RELEARN),
-)
+STEPS = dict(quick=dict(inversion=100, noise=10), full=dict(inversion=400, noise=40))
+RELEARN = (10, 50, 200)  # steps
 PROBES = ("inversion", "completion", "noise", "unmask", "regrow", "relearn")
 
 
@@ -129,12 +123,10 @@ def regrow(model: Model, rank: int = 16, iterations: int = 50) -> Model:
     def mean(w, known, dim):
         return w.sum(dim, keepdim=True) / known.sum(dim, keepdim=True).clamp(min=1)
 
-    for module in model.pipe.transformer.modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
+    layers = model.pipe.transformer.modules()
+    for module in [layer for layer in layers if isinstance(layer, torch.nn.Linear)]:
         w = module.weight.float()
-        columns = (w != 0).any(0, keepdim=True)
-        known = (w != 0).any(1, keepdim=True) & columns
+        known = (w != 0).any(1, keepdim=True) & (w != 0).any(0, keepdim=True)
         if not known.any() or known.all():
             continue
         start = torch.where(known.any(0, keepdim=True), mean(w, known, 0), mean(w, known, 1))
@@ -200,7 +192,8 @@ def mended(setup: Setup, make):
 
 
 def probe_jobs(setup: Setup, probes) -> list[Job]:
-    base, erased = setup.models["base"], setup.models["erased"]
+    base = setup.models["base"]
+    erased = setup.models["erased"]
     steps = STEPS[setup.about["budget"]]
     concept = [row["prompt"] for row in setup.pairs[:8]]
     unrelated = [row["prompt"] for row in setup.retain[:8]]
@@ -233,7 +226,7 @@ def probe_jobs(setup: Setup, probes) -> list[Job]:
             for how, (prompts, hold) in lessons.items() if probe == "relearn" else ():
                 if hold and prompts is concept and not model.mask:
                     continue  # nothing to hold: the same as all free
-                for n in steps["relearn"]:
+                for n in RELEARN:
                     make = partial(relearn, model, base, prompts, n, hold=hold)
                     add(f"relearn {n}, {how}", target, mended, make)
     return jobs

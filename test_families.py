@@ -15,7 +15,7 @@ from safely import UserError
 from sites import MODULES, gate_sites
 
 ALL = FAMILIES | OTHERS
-PROMPTS = ["a red gun", "a big dog"]
+PROMPTS = ["a red gun", "a big yellow dog"]  # of two lengths
 SEEDS = [1, 2]
 MODES = ("none", "step", "block", "both")
 # Gates of each family, in the order of MODULES: ffn norm kv heads mlp.
@@ -55,28 +55,37 @@ def build(name):
     return pipe, call, gate_sites(pipe.transformer, MODULES)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_open_gates_give_the_stock_pipelines_latents(name):
-    """One picture has the bits of pipe(...), with gradients, recompute and the text encoders gone,
-    in a batch of two as well but for rounding; every kind of module has the gates it should."""
-    pipe, call = ALL[name]()
-    stock = []
+def stock_latents(pipe, call, count: int):
+    """Of the first prompts, by pipe(...) itself."""
+    latents = []
 
     def keep(pipe, step, timestep, tensors):
-        stock[:] = [tensors["latents"]]
+        latents[:] = [tensors["latents"]]
         return {}
 
-    generator = torch.Generator().manual_seed(1)
-    how = dict(output_type="latent", callback_on_step_end=keep)
-    pipe(prompt=PROMPTS[:1], generator=generator, **how, **call)
+    if "negative_prompt" in call:
+        call = call | dict(negative_prompt=[call["negative_prompt"]] * count)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[:count]]
+    how = dict(output_type="latent", callback_on_step_end=keep, generator=generators)
+    pipe(prompt=PROMPTS[:count], **how, **call)
+    return latents[0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_open_gates_give_the_stock_pipelines_latents(name):
+    """One picture has the bits of pipe(...), also with gradients and recompute and the text
+    encoders gone; a batch of two prompts has them but for rounding. Every kind of module has the
+    gates that it should."""
+    pipe, call = ALL[name]()
+    one, two = stock_latents(pipe, call, 1), stock_latents(pipe, call, 2)
     models.remember_prompts(pipe)
     models.encode_all(pipe, "cpu", PROMPTS, call)
     sites = gate_sites(pipe.transformer, MODULES)
     gates = {site: torch.ones(found.units, requires_grad=True) for site, found in sites.items()}
     with erase.gated(pipe.transformer, gates), checkpointed(pipe.transformer, "both"):
         final = erase.rollout(pipe, PROMPTS[:1], SEEDS[:1], **call)
-    assert torch.equal(final, stock[0]) and final.requires_grad
-    assert torch.allclose(rollout(pipe, call)[:1], stock[0], atol=1e-4)
+    assert torch.equal(final, one) and final.requires_grad
+    assert torch.allclose(rollout(pipe, call), two, atol=1e-4)
     for module, expected in zip(MODULES, GATES[name], strict=True):
         found = gate_sites(pipe.transformer, (module,))
         assert sum(site.units for site in found.values()) == expected, module
@@ -130,7 +139,8 @@ def test_gates_of_one_picture_do_not_touch_another(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_fold_equals_hooks(name):
-    """Bit for bit, for every kind of module that the family has, and it is not the base."""
+    """Bit for bit, for every kind of module that the family has, and it is not the base. Of a
+    gated FFN both rows that make a closed neuron are zeroed."""
     pipe, call, _ = build(name)
     weights = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
     base = rollout(pipe, call)
@@ -142,6 +152,11 @@ def test_fold_equals_hooks(name):
         hooked = rollout(pipe, call, mask)
         erase.fold(pipe.transformer, mask)
         assert torch.equal(rollout(pipe, call), hooked) and not torch.equal(hooked, base), module
+        for name in sites if module == "ffn" else ():
+            closed = (mask[name] == 0).float().mean()
+            for producer in sites[name].producers:
+                rows = pipe.transformer.get_parameter(f"{producer}.weight").flatten(1)
+                assert (rows == 0).all(1).float().mean() == closed, producer
         pipe.transformer.load_state_dict(weights)
 
 

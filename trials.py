@@ -35,17 +35,8 @@ SEEDS = 4  # noises on which a string is judged
 UNRELATED = 50  # pictures in which the judge should not see the concept
 NOTHING = "a picture"  # a neutral prompt where the rows have the empty one
 # The attacks of the headline's union: all that end as text
-UNION = (
-    "plain",
-    "seeds",
-    "synonyms",
-    "split",
-    "knobs",
-    "ring_a_bell",
-    "mma",
-    "p4d",
-    "unlearn_diff",
-)
+UNION = ("plain", "seeds", "synonyms", "split", "knobs")
+UNION += ("ring_a_bell", "mma", "p4d", "unlearn_diff")
 FLAGS = ("concept", "budget", "num_prompts", "oracle", "judge", "threshold", "seed", "out_dir")
 FLAGS += ("device",)
 
@@ -105,7 +96,7 @@ class Job(NamedTuple):
 
 # ------------------------------------------------------------------------------- what a run is told
 def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
-    """The flags that attacks and probes share."""
+    """The flags that attacks.py and probes.py share."""
     parser = Parser(description)
     add = parser.add_argument
     add("erased", type=Path, help="folder that erase.py wrote")
@@ -119,7 +110,7 @@ def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
     add("--judge", help="as in evaluate.py")
     add("--threshold", type=float, help="as in evaluate.py")
     add("--seed", type=int, default=0)
-    add("--out_dir", type=Path, help="the same command goes on where it stopped")
+    add("--out_dir", type=Path, help="(<erased>/attacks, <erased>/probes) the same command goes on")
     add("--device", default=models.default_device(), help="(%(default)s)")
     return parser
 
@@ -403,7 +394,8 @@ Strongest strings on the erased model (CLIP / T5, best judge score):
 
 def report(setup: Setup, began: float) -> None:
     """results.json, report.md and attacks.png, of all attacks that the folder holds."""
-    records, threshold = setup.records, setup.about["threshold"]
+    records = setup.records
+    threshold = setup.about["threshold"]
 
     def of(attack, target):
         return [r for r in records if r["attack"] == attack and r["target"] == target]
@@ -437,7 +429,8 @@ def report(setup: Setup, began: float) -> None:
         shot = r["shots"][0]
         strings.append(f"* {r['attack']} ({best(r):.2f}): `{shot['clip']}` / `{shot['t5']}`")
     parts = dict(headline=headline, table="\n".join(lines), strings="\n".join(strings))
-    (setup.out_dir / "report.md").write_text(REPORT.format(**setup.about, **parts))
+    page = REPORT.format(**setup.about, **parts)
+    write_atomically(setup.out_dir / "report.md", lambda path: path.write_text(page, "utf-8"))
     save_preview(setup.out_dir / "attacks.png", sheet(setup))
     print(layout(rows))
     print(headline)
