@@ -379,7 +379,8 @@ def run(args) -> None:
     sites = gate_sites(meta, args.modules)
     args.checkpoint, plan = lowmem.plan(meta, kind, sites, call, args.device, **flags(lowmem.FLAGS))
     config = artefacts.run_config(vars(args), call)
-    artefacts.check_folder(args.out_dir, config, args.resume, 2 * meta.num_parameters())
+    size = models.stored_bytes(args.model, meta)
+    artefacts.check_folder(args.out_dir, config, args.resume, size)
     total = sum(site.units for site in sites.values())
     cases = len(rows.pairs) + len(rows.retain)
     first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
@@ -398,7 +399,7 @@ def run(args) -> None:
     on_step = artefacts.open_folder(args.out_dir, config, first_step) if is_first else None
 
     # the text encoders encode all there is, and leave before the transformer comes
-    held_out = rows.held_out(args.seed)
+    held_out = rows.held_out()
     tests = promptfiles.as_pairs(held_out["concept prompts"] + held_out["other prompts"])
     pairs, retain = promptfiles.as_pairs(rows.pairs), promptfiles.as_pairs(rows.retain)
     texts = [text for pair in pairs + retain + tests for text in pair]

@@ -129,7 +129,8 @@ def pipeline_class(model: str) -> type:
     parts = inspect.signature(kind.__init__).parameters
     accepts = inspect.signature(kind.__call__).parameters
     lacking = [part for part in ("transformer", "vae", "scheduler") if part not in parts]
-    lacking += [name for name in ("encode_prompt", "prepare_latents") if not hasattr(kind, name)]
+    if not hasattr(kind, "encode_prompt"):
+        lacking.append("encode_prompt")
     lacking += [
         f"{flag} in its __call__"
         for flag in ("prompt", "generator", "output_type", "callback_on_step_end")
@@ -190,7 +191,22 @@ def stored_transformer(model: str, kind: type):
     with safe_open(file, "pt") as f:  # diffusers would make it fp32
         dtype = f.get_tensor(next(iter(f.keys()))).dtype
     how = dict(subfolder="transformer", dtype=dtype, use_safetensors=True)
-    return transformer_class.from_pretrained(folder, **how)
+    transformer = transformer_class.from_pretrained(folder, **how)
+    check_whole(model, transformer)
+    return transformer
+
+
+def check_whole(model: str, module) -> None:
+    """Raises UserError for a module that was loaded from files without some of its weights."""
+    missing = [name for name, p in module.named_parameters() if p.is_meta]
+    if missing:
+        raise UserError(f"--model: {model} has no weights for {missing[0]}")
+
+
+def stored_bytes(model: str, transformer) -> int:
+    """What the transformer takes on disk; of a hub's model, what it would in bf16."""
+    files = (Path(model) / "transformer").glob("*.safetensors")
+    return sum(file.stat().st_size for file in files) or 2 * transformer.num_parameters()
 
 
 def load_pipeline(model: str, device=None, dtype=None):
@@ -206,7 +222,7 @@ def load_pipeline(model: str, device=None, dtype=None):
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
+            check_whole(model, part.eval().requires_grad_(False))
     return pipe.to(device)
 
 
@@ -258,7 +274,7 @@ def remember_prompts(pipe) -> None:
 
 
 class Encoded(Exception):
-    """Raised where the sampler asks for its noise: by then its prompts are encoded."""
+    """Raised where the sampler first calls its transformer: by then its prompts are encoded."""
 
 
 def encode_all(pipe, device, prompts, call: dict) -> None:
@@ -271,16 +287,13 @@ def encode_all(pipe, device, prompts, call: dict) -> None:
         for module in (pipe.vae, *modules):  # the VAE's device is the pipeline's
             module.to(device)
 
-    def stop(*args, **kwargs):
+    def stop(*_):
         raise Encoded
 
-    pipe.prepare_latents = stop
-    try:
+    with pipe.transformer.register_forward_pre_hook(stop):
         for prompt in dict.fromkeys(prompts):
             with contextlib.suppress(Encoded):
                 pipe(prompt=[prompt], output_type="latent", **call)
-    finally:
-        del pipe.prepare_latents
     for name in encoders:
         setattr(pipe, name, None)
     torch.cuda.empty_cache()

@@ -146,9 +146,9 @@ class Rows(NamedTuple):
     tests: list[dict]
     retain_tests: list[dict]
 
-    def held_out(self, seed: int, most: int = 32) -> dict[str, list]:
-        """{kind: at most `most` test rows}."""
-        pick = random.Random(f"{seed} held out").sample
+    def held_out(self, most: int = 32) -> dict[str, list]:
+        """{kind: at most `most` test rows}, the same whatever the run's seed."""
+        pick = random.Random("held out").sample
         kinds = {"concept prompts": self.tests, "other prompts": self.retain_tests}
         return {kind: pick(rows, min(most, len(rows))) for kind, rows in kinds.items()}
 

@@ -475,7 +475,7 @@ def test_the_model_card_measures_test_prompts(erased, tiny):
     """Its errors are the mask's on 32 test pairs and 32 test retain prompts, none of which was
     trained on, from noises that training cannot draw."""
     rows = promptfiles.training_rows(TINY_PROMPTS, concept=["gun"], num_prompts=20)
-    held_out = sum(rows.held_out(0).values(), [])
+    held_out = sum(rows.held_out().values(), [])
     assert [row["split"] for row in held_out] == ["test"] * 64
     trained = {row["prompt"] for row in rows.pairs + rows.retain}
     assert not trained & {row["prompt"] for row in held_out}
