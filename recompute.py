@@ -3,25 +3,26 @@
 import contextlib
 import functools
 
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lowmem import blocks_of
 
 
 def recomputed(forward):
-    """`forward`, computed again in the backward. Keyword arguments go in by position, for torch
-    keeps tensors that it gets by keyword; no dropout, so no random state to restore."""
+    """`forward`, computed again in the backward. Its tensors go in one by one, whatever lists and
+    keywords they come in, for torch keeps those that it does not see (rotary embeddings are a
+    tuple); no dropout, so no random state to restore."""
 
     @functools.wraps(forward)
     def run(*args, **kwargs):
-        count = len(args)
-        names = tuple(kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
 
-        def call(*values):
-            return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+        def call(*leaves):
+            args, kwargs = tree_unflatten(leaves, structure)
+            return forward(*args, **kwargs)
 
-        values = (*args, *kwargs.values())
-        return recompute(call, *values, use_reentrant=False, preserve_rng_state=False)
+        return recompute(call, *leaves, use_reentrant=False, preserve_rng_state=False)
 
     return run
 
