@@ -8,8 +8,11 @@ import sys
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the oracles are fp32 on the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # no waiting for a hub that is not there
 import pytest
+import torch
 
 import models
+
+torch.set_num_threads(1)  # the models are small: a second thread costs more than it does
 
 # Four steps, at rates that close some gates by then.
 QUICK = ["--model", "tiny/flux", "--concept", "gun", "--steps", "4", "--batch", "2"]

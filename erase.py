@@ -7,14 +7,16 @@ the whole sampler, gradient descent on the gates' logits minimises
       E |F(gates, noise, prompt) - F(open, noise, neutral prompt)|^2   prompts with the concept
     + beta E |F(gates, noise, prompt) - F(open, noise, prompt)|^2      prompts without it
 
+    + what closing each gate alone would do (harm_of_closing), a term that fades out
+
 end to end through all sampling steps; then the closed neurons' weights are zeroed, which leaves a
 plain state dict. The sampler is the pipeline's own __call__: this file knows nothing of a model's
-schedule, guidance or latents. "differs from paper" marks what is ours.
+schedule, guidance or latents. "differs from paper" marks what is ours, such as the third term.
 
-Shapes: B pictures, U units (neurons) of a site, G gates of all sites. Latents are (B, ...).
+A site is a layer at which gates multiply. Shapes: B pictures, U units (neurons) of a site, G gates
+of all sites in a row, N cases; latents are (B, ...).
 
     python erase.py --concept gun --steps 400
-    python erase.py --concept "a cat" --neutral "a dog" --model black-forest-labs/FLUX.1-schnell
 """
 
 import contextlib
@@ -58,10 +60,10 @@ DEFAULTS = dict(
     retain_batch=(4, 8, COUNT, "retain prompts a step"),
     hard=(0.0, 0.75, SHARE, "share of a step's prompts drawn by their latest error"),
     max_closed=(1.0, 0.05, SHARE, "share of the gates that may close"),
-    harm=(0.0, 1.0, POSITIVE, "first weight of what closing a gate alone does to retain prompts"),
+    harm=(0.0, 1.0, POSITIVE, "initial weight, times beta, of what closing each gate alone does"),
 )
 
-# Logits before training. Every relaxation is exactly 1 there: the first step sees the base model.
+# Logits before training. There every relaxation is exactly 1, but for hard_concrete's noise.
 START = dict(sigmoid=4.0, hard_concrete=3.0, straight_through=3.0)
 
 
@@ -85,7 +87,8 @@ def straight_through(logit, threshold=0.0):
 
 
 def relax(logits, gate: str, threshold: float, uniform=None) -> torch.Tensor:
-    """Gates (G,) in [0, 1] from logits (G,) by the relaxation `gate`, one of START."""
+    """Gates (G,) in [0, 1] from logits (G,) by the relaxation `gate`, one of START. Only
+    straight_through heeds the threshold; uniform (G,), the noise, is hard_concrete's."""
     if gate == "sigmoid":
         return sigmoid(logits)
     if gate == "hard_concrete":
@@ -172,10 +175,10 @@ def squared_error(final, target) -> torch.Tensor:
     return (final.float() - target.float()).square().flatten(1).mean(1)
 
 
-def case_errors(pipe, cases, seeds, gates, weights, *, call, micro_batch=16, checkpoint="none"):
-    """(N,) squared errors of the gated model on N cases (prompt, prompt of the base's picture),
-    both from the same noise. Unless under no_grad, the gradient of the sum that weights (N,) make
-    of them is added to the gates'."""
+def case_errors(pipe, cases, seeds, gates, weights, *, call, micro_batch=16, checkpoint="step"):
+    """(N,) squared errors on N cases (prompt, base prompt): the gated model's final latents for the
+    one against the base's for the other, from the same noise. Unless under no_grad, the gradient of
+    their sum, weighted by weights (N,), is added to the gates'. call: the sampler's arguments."""
     errors = []
     for start in range(0, len(cases), micro_batch):
         part = slice(start, start + micro_batch)
@@ -201,66 +204,66 @@ def processes() -> tuple[int, int]:
 
 
 def harm_of_closing(
-    pipe, prompts, sites, *, call, pictures=960, micro_batch=16, checkpoint="none", seed=0
+    pipe, prompts, sites, *, call, draws=960, micro_batch=16, checkpoint="step", seed=0
 ):
-    """{site: (U,)} h = E |dF/dgate|^2 over retain prompts: what closing each gate alone does.
+    """{site: (U,)} h_i = E |dF/dgate_i|^2, a mean over latents and `draws` retain pictures.
     differs from paper: preserve_loss has no gradient where all gates are open, so erase_loss alone
-    would choose which close first. For binary gates sum_i h_i (1 - gate_i) is the diagonal of its
-    second-order expansion there. Hutchinson's estimate: h = E (J^T v)^2 for v ~ N(0, 1)."""
+    would choose which close first; sum_i h_i (1 - gate_i) is the diagonal of preserve_loss's second
+    order there. With J = dF/dgates, h = E (J^T v)^2 for v ~ N(0, 1) (Hutchinson's estimate)."""
     rank, count = processes()
     rng = random.Random(f"{seed} harm")
-    chosen = rng.choices(prompts, k=pictures)
+    chosen = rng.choices(prompts, k=draws)
     seeds = [TRAIN_NOISE + rng.randrange(2**20) for _ in chosen]
     total = sum(site.units for site in sites.values())
     harm = torch.zeros(total, device=pipe._execution_device)
-    for start in tqdm(range(0, pictures, micro_batch)[rank::count], "harm", disable=rank > 0):
+    for start in tqdm(range(0, draws, micro_batch)[rank::count], "harm", disable=rank > 0):
         part = slice(start, start + micro_batch)
-        generator = torch.Generator().manual_seed(seed + start)
 
-        def projection(final):
-            v = torch.randn(final.shape, generator=generator).to(final.device)
-            return (final.float() * v).sum() / final[0].numel() ** 0.5
+        def projection(final):  # each picture has its own v, in whatever batch it comes
+            drawn = [torch.Generator().manual_seed(seed + start + i) for i in range(len(final))]
+            v = torch.stack([torch.randn(final.shape[1:], generator=g) for g in drawn])
+            return (final.float() * v.to(final.device)).sum() / final[0].numel() ** 0.5
 
         # each picture has its own gates, so that one backward gives every picture's gradient
         gates = torch.ones(len(chosen[part]), total, device=harm.device, requires_grad=True)
         with gated(pipe.transformer, split(gates, sites)):
             rollout_backward(pipe, chosen[part], seeds[part], projection, checkpoint, **call)
-        harm += gates.grad.square().sum(0) / pictures
+        harm += gates.grad.square().sum(0) / draws
     if count > 1:
         dist.all_reduce(harm)
     return split(harm.cpu(), sites)
 
 
-def choose(rng, cases: range, size: int, hard: float, latest) -> list[int]:
-    """`size` of the cases: the share `hard` in proportion to their latest errors (those never seen,
-    whose error is infinite, like the worst), the rest evenly."""
-    errors = latest[cases.start : cases.stop]
+def choose(rng, indices: range, size: int, hard: float, latest) -> list[int]:
+    """`size` of the indices: the share `hard` in proportion to the latest errors there (those never
+    seen, whose error is infinite, like the worst), the rest evenly."""
+    errors = latest[indices.start : indices.stop]
     worst = max([1e-6, *errors[errors.isfinite()].tolist()])
     weights = (errors.clamp(max=worst) + 1e-6).tolist()
     count = round(hard * size)
-    return rng.choices(cases, weights, k=count) + rng.choices(cases, k=size - count)
+    return rng.choices(indices, weights, k=count) + rng.choices(indices, k=size - count)
 
 
 def train(
     pipe, pairs, retain, *, call, modules, steps, gate, lr_ffn, lr_norm, lr_decay, weight_decay,
-    adam_eps, beta, batch, retain_batch, hard, max_closed, harm, harm_pictures=960, micro_batch=16,
+    adam_eps, beta, batch, retain_batch, hard, max_closed, harm, harm_draws=960, micro_batch=16,
     checkpoint="step", seed=0, first_step=0, state=None, on_step=None,
 ):  # fmt: skip
     """Learns the gates of pipe.transformer. Returns the mask, {site: (U,) of 0 and 1}.
 
-    pairs: [(prompt, neutral prompt)]; retain: [prompt]; call: the sampler's arguments; the others
-    as in DEFAULTS. After each step on_step(metrics, state) is called; first_step and state go on
-    from there, in the same bits. Raises RuntimeError when a loss is not finite.
+    pairs: [(prompt, neutral prompt)]; retain: [prompt]; call: the sampler's arguments; others as in
+    DEFAULTS and the flags. After each step on_step(metrics, state) is called, with a dict of floats
+    and one of tensors; first_step and state go on from there. Raises RuntimeError if not finite.
     """
     rank, count = processes()
     sites = gate_sites(pipe.transformer, modules)
     norm = gate_sites(pipe.transformer, ("norm",))
     units = torch.tensor([site.units for site in sites.values()])
-    rates = torch.tensor([lr_norm if name in norm else lr_ffn for name in sites])
+    rates = torch.tensor([float(lr_norm if name in norm else lr_ffn) for name in sites])
     rates = rates.repeat_interleave(units)
     logits = torch.full_like(rates, START[gate], requires_grad=True)
     optimizer = torch.optim.AdamW([logits], lr=1.0, weight_decay=weight_decay, eps=adam_eps)
-    cases = [*pairs, *zip(retain, retain, strict=True)]
+    cases = [*pairs, *zip(retain, retain, strict=True)]  # (prompt, what the base draws for it)
     latest = torch.full((len(cases),), math.inf)  # each case's error when it was last seen
     if state:
         latest.copy_(state["latest"])
@@ -270,8 +273,8 @@ def train(
     how = dict(call=call, micro_batch=micro_batch, checkpoint=checkpoint)
     harms = torch.zeros_like(rates)
     if harm and first_step < steps:
-        some = min(harm_pictures, steps * retain_batch)
-        found = harm_of_closing(pipe, retain, sites, pictures=some, seed=seed, **how)
+        draws = min(harm_draws, steps * retain_batch)  # no longer than the training itself
+        found = harm_of_closing(pipe, retain, sites, draws=draws, seed=seed, **how)
         harms = torch.cat(list(found.values()))
     weights = torch.tensor([1 / batch] * batch + [beta / retain_batch] * retain_batch)
 
@@ -307,12 +310,12 @@ def train(
             advice = "or a gradient is not finite; try a smaller --lr_ffn and --lr_norm"
             raise RuntimeError(f"step {step}: the loss is {loss} {advice}")
 
-        # on to the logits; the harm of closing alone counts less and less, until 70 % of the steps
+        # on to the logits; harm, which the logged loss leaves out, fades until 70 % of the steps
         foresight = beta * harm * max(0.0, 1 - step / (0.7 * steps))
         optimizer.zero_grad()
         relaxed.backward(gates.grad.cpu() - foresight * harms)
         before = logits.detach().clone()
-        optimizer.step()  # of learning rate 1, of which each gate takes its own share
+        optimizer.step()  # AdamW's step is linear in its rate: of rate 1, each gate takes its own
         logits.data.copy_(before.lerp(logits.data, rates * (1 - lr_decay * step / steps)))
         if gate == "sigmoid":  # flat above its start, where a logit would stay for ever
             logits.data.clamp_(max=START[gate])
@@ -379,11 +382,7 @@ def run(args) -> None:
     sites = gate_sites(meta, args.modules)
     args.checkpoint, plan = lowmem.plan(meta, kind, sites, call, args.device, **flags(lowmem.FLAGS))
     config = artefacts.run_config(vars(args), call)
-    size = models.stored_bytes(args.model, meta)
-    artefacts.check_folder(args.out_dir, config, args.resume, size)
     total = sum(site.units for site in sites.values())
-    cases = len(rows.pairs) + len(rows.retain)
-    first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
     workers.print(
         f"model: {config['model']} ({kind.__name__}); preset {args.preset}; {total:,} gates in "
         f"{len(sites)} layers{absent(meta, args.modules)}; {len(rows.pairs)} concept pairs, "
@@ -391,7 +390,11 @@ def run(args) -> None:
         flush=True,
     )
     if args.dry_run:
-        return workers.print(json.dumps(config, indent=1))
+        workers.print(json.dumps(config, indent=1))
+        return
+    artefacts.check_folder(args.out_dir, config, args.resume, models.stored_bytes(args.model, meta))
+    cases = len(rows.pairs) + len(rows.retain)
+    first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
 
     pipe = models.load_pipeline(args.model, "cpu", models.default_dtype(args.device))
     base = artefacts.fingerprint(pipe.transformer)
@@ -400,16 +403,18 @@ def run(args) -> None:
 
     # the text encoders encode all there is, and leave before the transformer comes
     held_out = rows.held_out()
-    tests = promptfiles.as_pairs(held_out["concept prompts"] + held_out["other prompts"])
-    pairs, retain = promptfiles.as_pairs(rows.pairs), promptfiles.as_pairs(rows.retain)
-    texts = [text for pair in pairs + retain + tests for text in pair]
+    retain = [row["prompt"] for row in rows.retain]
+    pairs = promptfiles.as_pairs(rows.pairs)
+    tests = promptfiles.as_pairs(held_out["concept prompts"])
+    tests += [(row["prompt"], row["prompt"]) for row in held_out["other prompts"]]
+    texts = [text for pair in pairs + tests for text in pair] + retain
     remember_prompts(pipe)
     models.encode_all(pipe, args.device, texts, call)
     lowmem.place(pipe, args.device, args.quantize, args.offload, args.compile)
 
     settings = flags((*DEFAULTS, "modules", "steps", "micro_batch", "checkpoint", "seed"))
     settings |= dict(call=call, first_step=first_step, state=state, on_step=on_step)
-    mask = train(pipe, pairs, [prompt for prompt, _ in retain], **settings)
+    mask = train(pipe, pairs, retain, **settings)
     if not is_first:
         return
 

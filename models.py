@@ -136,6 +136,8 @@ def pipeline_class(model: str) -> type:
         for flag in ("prompt", "generator", "output_type", "callback_on_step_end")
         if flag not in accepts
     ]
+    if not hasattr(kind.__call__, "__wrapped__"):
+        lacking.append("torch.no_grad() around its __call__ that could be taken off")
     if lacking:
         raise UserError(f"--model: {model} is a {name}, which has no {lacking[0]}")
     return kind

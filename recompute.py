@@ -29,17 +29,22 @@ def recomputed(forward):
 
 @contextlib.contextmanager
 def checkpointed(transformer, checkpoint: str):
-    """What a backward inside the `with` computes again.
+    """What a backward inside the `with` computes again. Raises ValueError for another mode.
 
-    none   nothing; memory grows with the sampling steps
-    step   each call of the transformer; the memory of one sampling step
-    block  each block; the inputs of all blocks, and one block
-    both   both; the memory of one block
+    mode   computed again               kept in memory
+    none   nothing                      all sampling steps
+    step   each call of the transformer one sampling step
+    block  each block                   the inputs of all blocks in all steps, and one block
+    both   each call, and its blocks    the inputs of one step's blocks, and one block
     """
+    if checkpoint not in ("none", "step", "block", "both"):
+        raise ValueError(f"checkpoint is {checkpoint!r}, not none, step, block or both")
     modules = [transformer] if checkpoint in ("step", "both") else []
     if checkpoint in ("block", "both"):
         modules += blocks_of(transformer)
-    before = [vars(module).get("forward") for module in modules]  # a compiled block's own
+    before = [
+        vars(module).get("forward") for module in modules
+    ]  # set by compile or offload, put back below
     for module in modules:
         module.forward = recomputed(module.forward)
     try:

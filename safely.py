@@ -10,6 +10,7 @@ from pathlib import Path
 # No word about the absent torchvision, which nothing here needs; transformers reads it on import.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 
@@ -32,6 +33,9 @@ def exit_code(script: str, run) -> int:
     except (RuntimeError, OSError, SafetensorError) as error:
         print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # else a process may be aborted as the others end
     return 0
 
 

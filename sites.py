@@ -37,11 +37,12 @@ NO_PICTURES = "layerwise_blocks"  # Krea 2: a batch of tokens there, not of pict
 
 
 class Site(NamedTuple):
-    """The gates of one place. Layers are dotted module names."""
+    """The gates of one layer, which is the consumer, or else the first producer. Layers are dotted
+    module names."""
 
     units: int
     producers: tuple  # the layers whose output rows are the units
-    consumer: str | None  # the layer whose last input columns read them
+    consumer: str | None  # whose last input columns read them; those before are attention's
 
 
 def width(layer) -> tuple[int, int]:
@@ -66,11 +67,14 @@ def gate_sites(transformer, modules=("ffn", "norm")) -> dict:
                 if not found or site in sites or NO_PICTURES in name:
                     continue
                 inputs, outputs = width(layers[site])
-                units = inputs if kind == "ffn" else outputs
-                if kind == "mlp":  # the reader also gets the attention's outputs
+                if kind == "ffn":
+                    units = inputs
+                elif kind == "mlp":  # beside them the reader gets the attention's outputs
                     units = inputs - outputs
-                if kind == "heads":  # Krea 2's attention does not say how many it has
+                elif kind == "heads":  # Krea 2's attention does not say how many it has
                     units = outputs * getattr(module, "heads", 0) // width(module.to_q)[1]
+                else:
+                    units = outputs
                 if units:
                     sites[site] = Site(units, producers, consumer)
     if "ffn" in modules and not any(site.consumer for site in sites.values()):
@@ -79,10 +83,13 @@ def gate_sites(transformer, modules=("ffn", "norm")) -> dict:
 
 
 def absent(transformer, modules) -> str:
-    """ "" or, for the first line of a run, which of the modules no block has to itself: one
-    modulation for all blocks (FLUX.2), or no text stream of its own (Z-Image)."""
+    """Text for a run's first line: which of the modules no block has to itself, as where one
+    modulation serves all blocks (FLUX.2). Raises UserError if that is so of all of them."""
     missing = [module for module in modules if not gate_sites(transformer, (module,))]
-    return f" ({' and '.join(missing)}: no block has its own, not gated)" if missing else ""
+    names = " and ".join(missing)
+    if len(missing) == len(modules):
+        raise UserError(f"--modules: no block of {type(transformer).__name__} has its own {names}")
+    return f" ({names}: no block has its own, not gated)" if missing else ""
 
 
 def shaped(gate, x, layer, is_read: bool, tokens_first: bool = False):

@@ -150,7 +150,7 @@ def test_harm_is_what_closing_a_gate_a_little_does(tiny, monkeypatch):
 
     monkeypatch.setattr(erase, "random", SimpleNamespace(Random=OneNoise))
     sites = gate_sites(tiny.transformer, MODULES)
-    harm = erase.harm_of_closing(tiny, RETAIN[:1], sites, call=SMALL, pictures=320)
+    harm = erase.harm_of_closing(tiny, RETAIN[:1], sites, call=SMALL, draws=320)
     case = [(RETAIN[0], RETAIN[0])]
     for module in MODULES:
         name = next(iter(gate_sites(tiny.transformer, (module,))))
@@ -450,7 +450,7 @@ def test_train_can_be_copied(tmp_path):
     rows = promptfiles.training_rows(TINY_PROMPTS, concept=["apple"], num_prompts=20)
     pairs = promptfiles.as_pairs(rows.pairs)
     retain = [row["prompt"] for row in rows.retain]
-    settings = SETTINGS | dict(steps=40, harm_pictures=160)
+    settings = SETTINGS | dict(steps=40, harm_draws=160)
     mask = copied.train(pipe, pairs, retain, call=CALL, **settings)
     with torch.no_grad():
         before, after = (
