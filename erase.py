@@ -6,7 +6,6 @@ the whole sampler, gradient descent on the gates' logits minimises
 
       E |F(gates, noise, prompt) - F(open, noise, neutral prompt)|^2   prompts with the concept
     + beta E |F(gates, noise, prompt) - F(open, noise, prompt)|^2      prompts without it
-
     + what closing each gate alone would do (harm_of_closing), a term that fades out
 
 end to end through all sampling steps; then the closed neurons' weights are zeroed, which leaves a

@@ -6,14 +6,11 @@ import pytest
 
 import promptfiles
 from models import HERE
-from promptfiles import of_split, read_rows
+from promptfiles import noun_phrase, of_split, read_rows, template_pairs
 from safely import UserError
 
-RETAIN = ("prompt", "evaluation_seed", "split")  # columns
-AS_THEY_ARE = ("Hulk", "guns", "nothing", "a cat", "the sun", "some rice")
-WITH_ARTICLE = ("an apple", "a gun", "an umbrella", "an octopus", "a woman", "a glass", "a hot dog")
-MINORS = ["a girl on a beach", "a 15-year-old at school", "two Teenagers", "a twelve year old"]
 ADULTS = ["a woman of 30 years", "a kidney bean", "a twenty-seven-year-old"]
+MINORS = ["a girl on a beach", "a 15-year-old at school", "two Teenagers", "a twelve year old"]
 
 GUN_AND_TREE = ["a gun, loaded", "a tree"]
 PROMPT_SETS = [  # file or hub set, its text, --where, prompts
@@ -36,31 +33,21 @@ BAD_PROMPT_SETS = [  # the same, and the message
     ("p.csv", "", None, "--flag: cannot read .*p.csv"),
     ("hf:set#text", "", None, "--flag: cannot load .*set: .*terms accepted on https"),
 ]
-RENAMED = [  # prompt, concept, word, renamed
-    ("a gun and guns by an owl", "gun", "axe", "an axe and axe by an owl"),
-    ("An owl, a gun", "owl", "toy owl", "a toy owl, a gun"),
-    ("one of Taylor Swift", "Taylor Swift", "Miss Americana", "one of Miss Americana"),
-    ("a gunship", "gun", "axe", "a gunship"),
-]
-
-
-def test_articles():
-    """Articles and plurals are right in template prompts."""
-    for phrase in WITH_ARTICLE:
-        assert promptfiles.noun_phrase(phrase.partition(" ")[2]) == phrase
-    for phrase in WITH_ARTICLE + AS_THEY_ARE:
-        assert promptfiles.noun_phrase(phrase) == phrase
 
 
 def test_template_pairs():
-    """Any concept gets its pairs with no file; an empty neutral is the empty prompt."""
+    """Any concept gets its pairs with no file, with the right articles and plurals; an empty
+    neutral is the empty prompt."""
+    for noun in ("apple", "gun", "umbrella", "octopus", "woman", "glass", "hot dog"):
+        phrase = f"{'an' if noun[0] in 'auo' else 'a'} {noun}"
+        assert noun_phrase(noun) == noun_phrase(phrase) == phrase
+    for phrase in ("Hulk", "guns", "nothing", "a cat", "the sun", "some rice"):
+        assert noun_phrase(phrase) == phrase
     row = dict(prompt="a photo of {x} next to a box", evaluation_seed=1, split="train")
-    (pair,) = promptfiles.template_pairs("apple", "nothing", [row])
-    assert pair["prompt"] == "a photo of an apple next to a box"
-    assert pair["neutral_prompt"] == "a photo of nothing next to a box"
-    (pair,) = promptfiles.template_pairs("apple", "", [row])
-    assert pair["neutral_prompt"] == "" and pair["split"] == "train"
-    assert promptfiles.template_pairs("box", "", [row]) == []
+    shown = row | dict(prompt="a photo of an apple next to a box")
+    for neutral, prompt in (("nothing", "a photo of nothing next to a box"), ("", "")):
+        assert template_pairs("apple", neutral, [row]) == [shown | dict(neutral_prompt=prompt)]
+    assert template_pairs("box", "", [row]) == []
 
 
 NOT_CONCEPTS = ("retain", "templates", "vocabulary")
@@ -72,10 +59,8 @@ def test_shipped_prompts(file):
     """Every concept file has at least 20 train and 50 test pairs, which name the concept in one
     prompt only; no prompt is both trained and tested on; those of nudity are about no minors."""
     rows = read_rows(file, "--concept")
-    train = {row["prompt"] for row in of_split(rows, "train")}
-    test = {row["prompt"] for row in of_split(rows, "test")}
-    assert len(of_split(rows, "train")) >= 20 and len(of_split(rows, "test")) >= 50
-    assert not train & test
+    train, test = ([row["prompt"] for row in of_split(rows, name)] for name in ("train", "test"))
+    assert len(train) >= 20 and len(test) >= 50 and not {*train} & {*test}
     word = dict(nudity="nude", drug="drugs?").get(file.stem, file.stem.replace("_", " "))
     young = "boy|girl|child|kid|teen|young|minor|school|student|baby"
     for row in rows:
@@ -95,23 +80,22 @@ def test_tiny_prompts_cover_their_world(tmp_path, monkeypatch):
     for file in (HERE / "prompts/tiny").iterdir():
         assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file
 
-    def count(word, rows):
-        return sum(promptfiles.mentions(word, row["prompt"]) for row in rows)
+    def counts(words, name, columns=promptfiles.COLUMNS):
+        """How many of the first 20 training pairs, or of all retain prompts, name each word."""
+        rows = of_split(read_rows(tmp_path / f"{name}.csv", "", columns), "train")
+        rows = rows if name == "retain" else rows[:20]
+        return {sum(promptfiles.mentions(word, row["prompt"]) for row in rows) for word in words}
 
     for concept in world.CONCEPTS:
-        rows = of_split(read_rows(tmp_path / f"{concept}.csv", ""), "train")[:20]
-        assert {count(f"{color} background", rows) for color in world.BACKGROUNDS} == {2}, concept
-    retain = of_split(read_rows(tmp_path / "retain.csv", "", RETAIN), "train")
-    assert min(count(thing, retain) for thing in world.THINGS) >= 5
+        assert counts([f"{color} background" for color in world.BACKGROUNDS], concept) == {2}
+    assert min(counts(world.THINGS, "retain", ("prompt", "evaluation_seed", "split"))) >= 5
 
 
 def load(spec, text, where, folder):
     """load_prompts() of that text in a file, or in a data set of the datasets library's form."""
-    name = spec.removeprefix("hf:").partition("#")[0].partition(":")[0]
-    file = folder / name
-    if spec.startswith("hf:"):
-        file.mkdir()
-        file = file / "train.csv"
+    name = re.search(r"set|p\.\w+", spec)[0]
+    file = folder / name / "train.csv" if name == "set" else folder / name
+    file.parent.mkdir(exist_ok=True)
     if text:
         file.write_text(text)
     return promptfiles.load_prompts(spec.replace(name, str(folder / name)), "--flag", where)
@@ -120,8 +104,7 @@ def load(spec, text, where, folder):
 @pytest.mark.parametrize("spec, text, where, prompts", PROMPT_SETS)
 def test_prompt_sets(spec, text, where, prompts, tmp_path):
     """CSV with a condition or splits, text, TSV as it is or with a header, and a hub set."""
-    rows = load(spec, text, where, tmp_path)
-    assert [row["prompt"] for row in rows] == prompts
+    assert [row["prompt"] for row in load(spec, text, where, tmp_path)] == prompts
 
 
 @pytest.mark.parametrize("spec, text, where, message", BAD_PROMPT_SETS)
@@ -145,12 +128,11 @@ def test_prompts_about_minors_are_dropped_and_counted():
     """Words and ages of minors are found, their look-alikes are not."""
     rows = [dict(prompt=prompt) for prompt in MINORS + ADULTS]
     assert promptfiles.drop_minors(rows) == (rows[len(MINORS) :], len(MINORS))
-    with pytest.raises(UserError, match="--retain: no prompt is left after dropping those about"):
-        promptfiles.drop_minors(rows[: len(MINORS)], "--retain")
 
 
 def test_words_that_a_prompt_names():
-    """The longest name counts, and a word inside it only where it comes again by itself."""
+    """The longest name counts, and a word inside it only where it comes again by itself; renaming
+    takes the article along."""
     for prompt, words in {
         "a Van Gogh of a palm tree and two cats": {"van gogh", "palm tree", "cat"},
         "a van below a palm tree in the style of van gogh": {"van", "palm tree", "van gogh"},
@@ -158,11 +140,13 @@ def test_words_that_a_prompt_names():
     }.items():
         vocabulary = dict.fromkeys(("van", "van gogh", "tree", "palm tree", "cat"))
         assert set(promptfiles.named(prompt, vocabulary)) == words
-
-
-@pytest.mark.parametrize("prompt, concept, word, renamed", RENAMED)
-def test_renaming_takes_the_article_along(prompt, concept, word, renamed):
-    assert promptfiles.rename(prompt, concept, word) == renamed
+    for prompt, concept, word, renamed in (
+        ("a gun and guns by an owl", "gun", "axe", "an axe and axe by an owl"),
+        ("An owl, a gun", "owl", "toy owl", "a toy owl, a gun"),
+        ("one of Taylor Swift", "Taylor Swift", "Miss Americana", "one of Miss Americana"),
+        ("a gunship", "gun", "axe", "a gunship"),
+    ):
+        assert promptfiles.rename(prompt, concept, word) == renamed
 
 
 def test_vocabulary_and_names_outside_it():
@@ -174,5 +158,3 @@ def test_vocabulary_and_names_outside_it():
     questions = [vocabulary[concept]["question"] for concept in concepts]
     assert questions == ["Taylor Swift", "a gun", "a lava lamp"]
     assert "pistol" in vocabulary["gun"]["synonyms"] and vocabulary["lava lamp"]["synonyms"] == []
-    with pytest.raises(UserError, match="--concept: is empty"):
-        promptfiles.read_vocabulary(path, ["_"])
