@@ -32,7 +32,11 @@ def add_flags(parser) -> None:
 
 
 def default_folder(concepts: list[str]) -> Path:
-    return Path("erased") / "_".join(re.sub(r"\W+", "_", name.lower()) for name in concepts)
+    names = [re.sub(r"\W+", "_", name.lower())[:100] for name in concepts]
+    short = "_".join(names)
+    return Path("erased") / (
+        short if len(short) <= 100 else f"{names[0]}_and_{len(names) - 1}_more"
+    )
 
 
 @torch.no_grad()

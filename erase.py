@@ -348,7 +348,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.device = args.device or models.default_device()
-    args.model = args.model or (models.TINY if args.device == "cpu" else models.SCHNELL)
+    if args.model is None:
+        args.model = models.TINY if args.device == "cpu" else models.SCHNELL
     is_tiny = models.is_embedded(args.model)
     args.preset = args.preset or ("tiny" if is_tiny else "paper")
     for name, columns in DEFAULTS.items():

@@ -116,7 +116,7 @@ def write_pairs(file: Path, source, words: Words, panel: Panel, pipe, **how) -> 
     if not kept:
         raise UserError("--filter: no pair passes")
     columns = (*COLUMNS, "background_gap")
-    with open(file, "x", newline="") as f:
+    with open(file, "x", newline="", encoding="utf-8") as f:
         form = dict(restval="", extrasaction="ignore", lineterminator="\n")
         writer = csv.DictWriter(f, columns, **form)
         writer.writeheader()

@@ -91,32 +91,32 @@ def schnell():
 def flux_dev():
     sizes = FLUX | dict(guidance_embeds=True, pooled_projection_dim=32)
     encoders = ((transformers.CLIPTextModel, LONG), T5)
-    call = dict(guidance_scale=3.5, max_sequence_length=32)
-    return pipeline(diffusers.FluxPipeline, sizes, VAE, *encoders, **call)
+    how = dict(guidance_scale=3.5, max_sequence_length=32)
+    return pipeline(diffusers.FluxPipeline, sizes, VAE, *encoders, **how)
 
 
 def flux2_klein(guidance_scale=1.0, is_distilled=True):
     sizes = FLUX | dict(in_channels=8, axes_dims_rope=[4, 4, 4, 4], timestep_guidance_channels=32)
     sizes |= dict(guidance_embeds=False, joint_attention_dim=48)  # of layers 9, 18 and 27
     encoder = (transformers.Qwen3ForCausalLM, HEADS | dict(num_hidden_layers=28))
-    call = dict(guidance_scale=guidance_scale, max_sequence_length=96)
-    call |= dict(others=dict(is_distilled=is_distilled))
-    return pipeline(diffusers.Flux2KleinPipeline, sizes, FLUX2_VAE, encoder, **call)
+    how = dict(guidance_scale=guidance_scale, max_sequence_length=96)
+    how |= dict(others=dict(is_distilled=is_distilled))
+    return pipeline(diffusers.Flux2KleinPipeline, sizes, FLUX2_VAE, encoder, **how)
 
 
 def sd3():
     sizes = DIT | dict(patch_size=2, in_channels=4, out_channels=4, sample_size=32)
     sizes |= dict(joint_attention_dim=32, pooled_projection_dim=64, caption_projection_dim=32)
     sizes |= dict(qk_norm="rms_norm", dual_attention_layers=(0,))
-    call = dict(flow=dict(shift=3.0), guidance_scale=4.0, max_sequence_length=32)
-    return pipeline(diffusers.StableDiffusion3Pipeline, sizes, VAE, CLIP, CLIP, T5, **call)
+    how = dict(flow=dict(shift=3.0), guidance_scale=4.0, max_sequence_length=32)
+    return pipeline(diffusers.StableDiffusion3Pipeline, sizes, VAE, CLIP, CLIP, T5, **how)
 
 
 def z_image(guidance_scale=0.0):
     sizes = dict(in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2)
     sizes |= dict(cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32])
-    call = dict(flow=dict(shift=3.0), guidance_scale=guidance_scale, max_sequence_length=96)
-    return pipeline(diffusers.ZImagePipeline, sizes, VAE, QWEN3, **call)
+    how = dict(flow=dict(shift=3.0), guidance_scale=guidance_scale, max_sequence_length=96)
+    return pipeline(diffusers.ZImagePipeline, sizes, VAE, QWEN3, **how)
 
 
 def qwen_image():
@@ -124,23 +124,23 @@ def qwen_image():
     sizes |= dict(axes_dims_rope=(8, 4, 4))
     configs = dict(text_config=QWEN, vision_config=VISION)
     encoder = (transformers.Qwen2_5_VLForConditionalGeneration, configs)
-    call = dict(flow=DYNAMIC | dict(shift_terminal=0.02), true_cfg_scale=4.0, negative_prompt=" ")
-    return pipeline(diffusers.QwenImagePipeline, sizes, QWEN_VAE, encoder, **call)
+    how = dict(flow=DYNAMIC | dict(shift_terminal=0.02), true_cfg_scale=4.0, negative_prompt=" ")
+    return pipeline(diffusers.QwenImagePipeline, sizes, QWEN_VAE, encoder, **how)
 
 
 def chroma():
     sizes = dict(approximator_hidden_dim=32, approximator_layers=1, approximator_num_channels=16)
-    call = dict(guidance_scale=3.0, max_sequence_length=32)
-    return pipeline(diffusers.ChromaPipeline, FLUX | sizes, VAE, T5, **call)
+    how = dict(guidance_scale=3.0, max_sequence_length=32)
+    return pipeline(diffusers.ChromaPipeline, FLUX | sizes, VAE, T5, **how)
 
 
 def lumina2():
     sizes = dict(patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1)
     sizes |= dict(num_attention_heads=3, num_kv_heads=1, multiple_of=16, cap_feat_dim=16)
     sizes |= dict(axes_dim_rope=[4, 2, 2], axes_lens=[256, 128, 128])
-    call = dict(height=64, width=64)  # it reads the schedule's shift off the latents' channels
-    call |= dict(guidance_scale=4.0, max_sequence_length=64, system_prompt="x")
-    return pipeline(diffusers.Lumina2Pipeline, sizes, VAE, GEMMA, **call)
+    how = dict(height=64, width=64)  # it reads the schedule's shift off the latents' channels
+    how |= dict(guidance_scale=4.0, max_sequence_length=64, system_prompt="x")
+    return pipeline(diffusers.Lumina2Pipeline, sizes, VAE, GEMMA, **how)
 
 
 def aura_flow():
@@ -148,8 +148,8 @@ def aura_flow():
     sizes |= dict(num_mmdit_layers=2, num_single_dit_layers=1)
     sizes |= dict(joint_attention_dim=16, caption_projection_dim=32)
     encoder = (transformers.UMT5EncoderModel, SHORT | dict(d_model=16))
-    call = dict(flow=dict(shift=1.73), guidance_scale=3.5, max_sequence_length=64)
-    return pipeline(diffusers.AuraFlowPipeline, sizes, VAE, encoder, **call)
+    how = dict(flow=dict(shift=1.73), guidance_scale=3.5, max_sequence_length=64)
+    return pipeline(diffusers.AuraFlowPipeline, sizes, VAE, encoder, **how)
 
 
 def sana():
@@ -159,10 +159,10 @@ def sana():
     coders = {f"{side}_{name}": v for side in ("encoder", "decoder") for name, v in layers.items()}
     vae = (diffusers.AutoencoderDC, coders | dict(latent_channels=4, attention_head_dim=2))
     sampler = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    call = dict(others=dict(scheduler=diffusers.DPMSolverMultistepScheduler(**sampler)))
-    call |= dict(use_resolution_binning=False, complex_human_instruction=None, height=32, width=32)
-    call |= dict(guidance_scale=4.5, max_sequence_length=64)
-    return pipeline(diffusers.SanaPipeline, sizes, vae, GEMMA, **call)
+    how = dict(others=dict(scheduler=diffusers.DPMSolverMultistepScheduler(**sampler)))
+    how |= dict(use_resolution_binning=False, complex_human_instruction=None, height=32, width=32)
+    how |= dict(guidance_scale=4.5, max_sequence_length=64)
+    return pipeline(diffusers.SanaPipeline, sizes, vae, GEMMA, **how)
 
 
 def krea2():
@@ -173,16 +173,16 @@ def krea2():
     sizes |= dict(num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 8))
     vision = VISION | dict(deepstack_visual_indexes=[0])
     encoder = (transformers.Qwen3VLModel, dict(text_config=QWEN, vision_config=vision))
-    call = dict(others=dict(text_encoder_select_layers=(1, 2, 3)))
-    call |= dict(guidance_scale=3.0, max_sequence_length=200)
-    return pipeline(diffusers.Krea2Pipeline, sizes, QWEN_VAE, encoder, **call)
+    how = dict(others=dict(text_encoder_select_layers=(1, 2, 3)))
+    how |= dict(guidance_scale=3.0, max_sequence_length=200)
+    return pipeline(diffusers.Krea2Pipeline, sizes, QWEN_VAE, encoder, **how)
 
 
 def ernie():
     sizes = dict(hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=48)
     sizes |= dict(in_channels=8, out_channels=8, text_in_dim=16, rope_axes_dim=(4, 4, 8))
-    call = dict(flow=dict(shift=3.0), height=64, width=64, guidance_scale=3.0)
-    return pipeline(diffusers.ErnieImagePipeline, sizes, FLUX2_VAE, QWEN3, **call)
+    how = dict(flow=dict(shift=3.0), height=64, width=64, guidance_scale=3.0)
+    return pipeline(diffusers.ErnieImagePipeline, sizes, FLUX2_VAE, QWEN3, **how)
 
 
 # The six families that everything is tested on, FluxPipeline twice; then what costs little more.

@@ -1,5 +1,6 @@
 """Tensors in, PNG and Markdown out."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -11,15 +12,24 @@ from safely import UserError, first_line, write_atomically
 @torch.no_grad()
 def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
     """One PIL picture for each (prompt, seed), by the stock pipeline. A seed means the same noise
-    on every device and in any batch. call: what pipe(...) takes."""
+    on every device and in any batch. call: what pipe(...) takes. Raises RuntimeError for latents
+    that are not finite, which would be drawn black: no concept is seen in black."""
     drawn = []
+    final = {}
+
+    def keep(pipe, step, timestep, tensors):
+        final.update(tensors)
+        return {}
+
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         arguments = call | dict(prompt=list(prompts[part]))
         if "negative_prompt" in call:
             arguments["negative_prompt"] = [call["negative_prompt"]] * len(arguments["prompt"])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        drawn += pipe(generator=generators, **arguments).images
+        drawn += pipe(generator=generators, callback_on_step_end=keep, **arguments).images
+        if not final["latents"].isfinite().all():
+            raise RuntimeError(f"latents of {prompts[start]!r} are not finite: damaged weights?")
     return drawn
 
 
@@ -76,6 +86,7 @@ def save_preview(path: Path, rows: list, side: int = 128) -> None:
 
 def save_curves(path: Path, metrics: list[dict]) -> None:
     """Losses and the share of closed gates by step, from rows of metrics.jsonl."""
+    os.environ["MPLBACKEND"] = "agg"  # whatever a notebook's is
     from matplotlib.figure import Figure  # slow to import, and evaluate.py has no use for it
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")

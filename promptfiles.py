@@ -124,7 +124,8 @@ def concept_pairs(concept: str, folder: Path, neutral: str | None = None, file=N
             raise UserError(f"--concept: {concept!r} occurs in no prompt of {file}")
         return rows
     own = folder / f"{concept.lower().replace(' ', '_')}.csv"
-    if own.is_file() and neutral is None:
+    is_inside = own.parent == folder  # a concept is no path to other files
+    if is_inside and own.is_file() and neutral is None:
         return read_rows(own, "--concept")
     if neutral is None:
         neutral = "nothing" if folder.name == "tiny" else ""
@@ -158,8 +159,13 @@ def training_rows(
 ) -> Rows:
     """The rows that these FLAGS ask for; where a file has no test rows, training rows stand in for
     them. Raises UserError."""
-    if any(not bare(name) for name in concept):
-        raise UserError("--concept: is empty")
+    for name in concept:
+        if not bare(name):
+            raise UserError("--concept: is empty")
+        if "," in name:
+            raise UserError(
+                f"--concept: {name!r} has a comma; several concepts stand apart by blanks"
+            )
     if neutral is not None and prompts:
         raise UserError("--neutral: goes with template prompts, not with --prompts")
     if neutral and neutral != neutral.strip():
@@ -296,7 +302,7 @@ def read_vocabulary(path: Path, concepts: list[str]) -> tuple[list[str], dict]:
     The vocabulary is what a judge can be asked about, and how. A concept outside it is an object of
     that name; it keeps its capitals, and so has no article. Raises UserError for an empty concept.
     """
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8") as f:
         words = {row["word"]: row for row in csv.DictReader(f)}
     for row in words.values():
         row["synonyms"] = [word for word in row["synonyms"].split("|") if word]

@@ -30,6 +30,9 @@ def exit_code(script: str, run) -> int:
     except (UserError, json.JSONDecodeError) as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
     except (RuntimeError, OSError, SafetensorError) as error:
         print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
         return 1
@@ -68,7 +71,13 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(temporary path), then rename: a killed run leaves either the old file or the new."""
+    """write(temporary path), then rename: a killed run leaves either the old file or the new.
+    Files get the mode that the user's umask gives, where safetensors would keep them private."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (temporary, *temporary.rglob("*")):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
     temporary.replace(path)

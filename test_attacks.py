@@ -1,5 +1,6 @@
 """attacks.py and probes.py on tiny/flux. Oracles: the stock pipeline, the folded weights."""
 
+import itertools
 import json
 import math
 import random
@@ -10,27 +11,18 @@ import torch
 
 import attacks
 import probes
-from conftest import run
+from cases import concept_rows
 from models import CALLS, HERE, TINY
 from opened import SIDES, Model, check_family
 from safely import UserError
 from sites import gate_sites
 from trials import UNION, Setup
 
-EFFORT = dict(ring_a_bell=(12, 20), mma=(12, 24), p4d=(3, 8), unlearn_diff=(3, 8))
-STEPS = dict(inversion=2, noise=1)
-SMALL = f"""
-import attacks, probes, sys, trials
-trials.SEEDS, trials.UNRELATED, probes.RELEARN = 2, 4, (1, 2)
-attacks.EFFORT["quick"], probes.STEPS["quick"] = {EFFORT}, {STEPS}
-sys.exit(SCRIPT.main(sys.argv[1:]))
-"""
 PROMPT = "a gun on a red background"
-BLOCK = "transformer_blocks.0"
 
 
-def weights(layer, *models):
-    return [model.pipe.transformer.get_submodule(layer).weight for model in models]
+def weight(model, layer):
+    return model.pipe.transformer.get_submodule(f"transformer_blocks.0.{layer}").weight
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +54,16 @@ def test_p4ds_error_is_zero_where_erased_equals_base(victims):
     """On the base's trajectory its own text has no velocity error on the base, and one on the
     masked model; another text has one on the base."""
     base, erased = victims
-    text, other = base.text(PROMPT), base.text("a dog on a red background")
     wanted = base.text(PROMPT, 2)
     states = base.trajectory(base.noise([1, 2]), wanted)[:-1]
     sigmas = base.sigmas[:-1]
     velocities = [base.velocity(x, s, wanted) for x, s in zip(states, sigmas, strict=True)]
-    own, others = (
-        attacks.velocity_error(base, t, states, velocities, sigmas) for t in (text, other)
-    )
-    with erased.on():
-        masked = attacks.velocity_error(erased, text, states, velocities, sigmas)
-    assert own < 1e-9 and min(others, masked) > 1e-4, (own, others, masked)
+    errors = []
+    for model, prompt in ((base, PROMPT), (erased, PROMPT), (base, "a dog on a red background")):
+        with model.on():
+            text = base.text(prompt)
+            errors.append(attacks.velocity_error(model, text, states, velocities, sigmas))
+    assert errors[0] < 1e-9 and min(errors[1:]) > 1e-4, errors
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -90,32 +81,25 @@ def test_found_strings_survive_retokenisation(side, victims):
         assert not vocabulary.valid(base.ids(side, banned))
 
 
-def test_genetic_fitness_never_falls(victims):
-    """With an elite, the best distance of Ring-A-Bell's search never rises, and it improves."""
-    base = victims[0]
-    history = []
-    how = (*EFFORT["ring_a_bell"], random.Random(0))
-    attacks.genetic_search(base, "t5", base.read("t5", PROMPT), *how, history=history)
-    assert history == sorted(history, reverse=True) and history[-1] < history[0]
-
-
-def test_gradient_search_beats_random_swaps(victims):
-    """At equal forwards, swaps by the gradient come nearer to the target than random ones."""
+def test_searches_improve(victims):
+    """With an elite, the best distance of Ring-A-Bell's search never rises, and it improves. At
+    equal forwards, swaps by the gradient come nearer to the target than random ones."""
     base = victims[0]
     wanted = base.read("t5", PROMPT)
+    history = []
+    attacks.genetic_search(base, "t5", wanted, 12, 20, random.Random(0), history=history)
+    assert history == sorted(history, reverse=True) and history[-1] < history[0]
 
     def loss(rows):
         return base.mismatch("t5", rows["t5"], wanted)
 
     last = {True: 0, False: 0}
-    for use_gradient in last:
-        for seed in range(3):
-            history = []
-            rng = random.Random(seed)
-            start = dict(t5=base.vocabularies["t5"].random(rng, 8))
-            how = dict(use_gradient=use_gradient, history=history)
-            attacks.gradient_search(base, start, loss, (12, 24), rng, **how)
-            last[use_gradient] += history[-1]
+    for use_gradient, seed in itertools.product(last, range(3)):
+        rng = random.Random(seed)
+        start = dict(t5=base.vocabularies["t5"].random(rng, 8))
+        how = dict(use_gradient=use_gradient, history=history)
+        attacks.gradient_search(base, start, loss, (12, 24), rng, **how)
+        last[use_gradient] += history[-1]
     assert last[True] < last[False], last
 
 
@@ -136,23 +120,22 @@ def test_relearning_and_closed_neurons(hold, victims):
     """Fine-tuning moves open neurons. A closed FFN neuron, zero on both sides, gets no gradient
     even when free; a closed norm output regrows when free and stays zero when held."""
     base, erased = victims
-    prompts = [PROMPT, "a gun on a blue background"]
-    relearned = probes.relearn(erased, base, prompts, 2, hold=hold)
-    norm = f"{BLOCK}.norm1_context.linear"
-    neurons = (f"{BLOCK}.ff_context.net.2", f"{BLOCK}.ff_context.net.0.proj", False)
+    relearned = probes.relearn(erased, base, [PROMPT, "a gun on a blue background"], 2, hold=hold)
+    norm = "norm1_context.linear"
+    neurons = ("ff_context.net.2", "ff_context.net.0.proj", False)
     for site, layer, regrows in (neurons, (norm, norm, not hold)):
-        now, then = weights(layer, relearned, base)
-        closed = erased.mask[site] == 0
+        closed = erased.mask[f"transformer_blocks.0.{site}"] == 0
+        now = weight(relearned, layer)
         assert bool(now[closed].any()) == regrows, site
-        assert not torch.equal(now[~closed], then[~closed])
+        assert not torch.equal(now[~closed], weight(base, layer)[~closed])
 
 
 @pytest.mark.parametrize("layer", ["ff_context.net.0.proj", "norm1_context.linear"])
 def test_regrow_fills_what_the_fold_zeroed(layer, victims):
     """The completion starts from the mean of the known rows, so that zeroed rows come back, and
     leaves the rest alone."""
-    zeroed, regrown = victims[1].folded(), probes.regrow(victims[1].folded(), iterations=5)
-    now, then = weights(f"{BLOCK}.{layer}", regrown, zeroed)
+    now = weight(probes.regrow(victims[1].folded(), iterations=5), layer)
+    then = weight(victims[1].folded(), layer)
     closed = (then == 0).all(1)
     assert closed.any() and (now[closed] != 0).all()
     assert torch.equal(now[~closed], then[~closed])
@@ -164,28 +147,33 @@ def test_an_answer_that_is_neither_yes_nor_no_is_no_sighting():
     assert Setup.score(setup, [None, None]) == [0.0, 0.9]
 
 
-def attack(script, *arguments, out_dir):
-    """results.json, without times, of the real command line."""
-    code = SMALL.replace("SCRIPT", script)
-    flags = ("--num_prompts", 1, "--oracle", "tiny/flux", "--device", "cpu", "--out_dir", out_dir)
-    done = run("-c", code, *arguments, *flags)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((out_dir / "results.json").read_text())
-    assert set(json.loads(done.stdout.splitlines()[-1])) == {"union_text_asr", *results["attacks"]}
-    return results | dict(seconds=None)
-
-
-def test_command_lines(erased, tmp_path):
+def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     """Every attack and probe runs, into one report; the same command again finds its records, makes
     a torn one anew and ends in the same figures."""
+    monkeypatch.chdir(HERE)
+    small = {"trials.SEEDS": 2, "trials.UNRELATED": 4, "probes.RELEARN": (1, 2)}
+    small["trials.concept_rows"] = lambda *where: concept_rows(*where)[:4]
+    for name, value in small.items():
+        monkeypatch.setattr(name, value)
+    monkeypatch.setitem(probes.STEPS, "quick", dict(inversion=2, noise=1))
+    monkeypatch.setitem(attacks.EFFORT, "quick", dict.fromkeys(attacks.SEARCHES, (3, 8)))
+
+    def results_of(script, *flags):  # without times
+        line = [str(erased), "--out_dir", str(tmp_path), "--num_prompts", "1", *flags]
+        assert script.main([*line, "--oracle", "tiny/flux", "--device", "cpu"]) == 0
+        results = json.loads((tmp_path / "results.json").read_text())
+        printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert set(printed) == {"union_text_asr", *results["attacks"]}
+        return results | dict(seconds=None)
+
     replay = ("--attack", *UNION, "replay", "--prompts", "prompts/tiny/gun.csv")
-    found = attack("attacks", erased, *replay, out_dir=tmp_path)["attacks"]
+    found = results_of(attacks, *replay)["attacks"]
     assert set(found) == {"random tokens", *UNION, "replay"}
-    results = attack("probes", erased, out_dir=tmp_path)
+    results = results_of(probes)
     log = tmp_path / "attacks.jsonl"
     text = log.read_text()
     log.write_text(text[: text.rindex("}}")])  # as a kill may leave the last line
-    assert attack("probes", erased, out_dir=tmp_path) == results and log.read_text() == text
+    assert results_of(probes) == results and log.read_text() == text
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"attacks.jsonl", "results.json", "report.md", "attacks.png"}
 
@@ -210,19 +198,18 @@ BAD = [
     ("ERASED --device mars", "--device: mars: "),
     ("ERASED --out_dir README.md/x", "README.md is a file, or not ours to write to"),
 ]
-BAD_REPLAYS = [
-    ("ERASED --attack replay", "--attack replay: needs --prompts"),
-    ("ERASED --prompts prompts/gun.csv", "--prompts: goes with --attack replay"),
-    ("ERASED --where a>1", "--where: goes with --prompts"),
+BAD = [(script, *row) for script in (probes, attacks) for row in BAD] + [
+    (attacks, "ERASED --attack replay", "--attack replay: needs --prompts"),
+    (attacks, "ERASED --prompts prompts/gun.csv", "--prompts: goes with --attack replay"),
+    (attacks, "ERASED --where a>1", "--where: goes with --prompts"),
 ]
-BAD = [(probes, *row) for row in BAD] + [(attacks, *row) for row in BAD + BAD_REPLAYS]
 
 
 @pytest.mark.parametrize("script, line, message", BAD)
 def test_bad_input(script, line, message, erased, tmp_path, capsys, monkeypatch):
     """Bad input ends in exit code 2 and one line; nothing is written."""
     monkeypatch.chdir(HERE)
-    words = [str(erased) if word == "ERASED" else word for word in line.split(" ")]
+    words = line.replace("ERASED", str(erased)).split(" ")
     words[1:1] = ["--device", "cpu", "--out_dir", str(tmp_path / "out")]
     assert script.main(words) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -17,7 +17,6 @@ from sites import MODULES, gate_sites
 ALL = FAMILIES | OTHERS
 PROMPTS = ["a red gun", "a big yellow dog"]  # of two lengths
 SEEDS = [1, 2]
-MODES = ("none", "step", "block", "both")
 # Gates of each family, in the order of MODULES: ffn norm kv heads mlp.
 GATES = dict(
     schnell=(4096, 3072, 1024, 24, 1024),
@@ -39,8 +38,9 @@ GATES = dict(
 DEAD = dict(qwen_image=["transformer_blocks.1.txt_mlp.net.2"])
 
 
-def random_numbers(seed: int, *shape):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+def units_of(transformer) -> tuple:
+    every = [gate_sites(transformer, (module,)).values() for module in MODULES]
+    return tuple(sum(site.units for site in sites) for sites in every)
 
 
 def rollout(pipe, call, gates=None):
@@ -73,9 +73,8 @@ def stock_latents(pipe, call, count: int):
 
 @pytest.mark.parametrize("name", ALL)
 def test_open_gates_give_the_stock_pipelines_latents(name):
-    """One picture has the bits of pipe(...), also with gradients and recompute and the text
-    encoders gone; a batch of two prompts has them but for rounding. Every kind of module has the
-    gates that it should."""
+    """One picture has the bits of pipe(...), also with gradients, recompute and no text encoders; a
+    batch of two has them but for rounding. Every kind of module has the gates that it should."""
     pipe, call = ALL[name]()
     one, two = stock_latents(pipe, call, 1), stock_latents(pipe, call, 2)
     models.remember_prompts(pipe)
@@ -86,54 +85,47 @@ def test_open_gates_give_the_stock_pipelines_latents(name):
         final = erase.rollout(pipe, PROMPTS[:1], SEEDS[:1], **call)
     assert torch.equal(final, one) and final.requires_grad
     assert torch.allclose(rollout(pipe, call), two, atol=1e-4)
-    for module, expected in zip(MODULES, GATES[name], strict=True):
-        found = gate_sites(pipe.transformer, (module,))
-        assert sum(site.units for site in found.values()) == expected, module
+    assert units_of(pipe.transformer) == GATES[name]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradients(name):
-    """In the gates, in all four modes: those of plain autograd, and of finite differences."""
+    """In the gates, in all four modes: those of plain autograd, and of finite differences. A loss
+    of the first picture alone has none in the second one's gates."""
     pipe, call, sites = build(name)
-    total = sum(site.units for site in sites.values())
-    start = 0.5 + 0.5 * random_numbers(3, total)
+    transformer = pipe.transformer
+    start, direction = torch.rand(2, sum(GATES[name]), generator=torch.Generator().manual_seed(3))
+    start = 0.5 + 0.5 * start
     target = torch.randn_like(rollout(pipe, call), dtype=torch.double)
 
     def loss_of(final):
         return (final.double() - target).square().mean()
 
     plain = start.clone().requires_grad_()
-    with erase.gated(pipe.transformer, erase.split(plain, sites)):
+    with erase.gated(transformer, erase.split(plain, sites)):
         loss_of(erase.rollout(pipe, PROMPTS, SEEDS, **call)).backward()
-    for mode in MODES:
+    for mode in ("none", "step", "block", "both"):
         gates = start.clone().requires_grad_()
-        with erase.gated(pipe.transformer, erase.split(gates, sites)):
+        with erase.gated(transformer, erase.split(gates, sites)):
             erase.rollout_backward(pipe, PROMPTS, SEEDS, loss_of, mode, **call)
         assert (gates.grad - plain.grad).norm() < 1e-5 * plain.grad.norm(), mode
     grads = erase.split(plain.grad, sites)
     assert [site for site, grad in grads.items() if not grad.any()] == DEAD.get(name, [])
 
-    direction = torch.nn.functional.normalize(random_numbers(4, total) - 0.5, dim=0)
+    direction = torch.nn.functional.normalize(direction - 0.5, dim=0)
     step = 1e-3 if name == "sana" else 2e-2  # the least linear of them
 
-    def at(distance):
-        return loss_of(rollout(pipe, call, erase.split(start + distance * direction, sites)))
+    def rise(distance):
+        moved = [start + sign * distance * direction for sign in (1, -1)]
+        above, below = (loss_of(rollout(pipe, call, erase.split(at, sites))) for at in moved)
+        return above - below
 
-    near = at(step) - at(-step)
-    far = at(2 * step) - at(-2 * step)
-    slope = (8 * near - far) / (12 * step)
+    slope = (8 * rise(step) - rise(2 * step)) / (12 * step)
     assert (plain.grad @ direction).item() == pytest.approx(slope.item(), rel=0.02, abs=1e-5)
 
-
-@pytest.mark.parametrize("name", ALL)
-def test_gates_of_one_picture_do_not_touch_another(name):
-    """A loss of the first picture alone has no gradient in the second one's gates."""
-    pipe, call, sites = build(name)
-    total = sum(site.units for site in sites.values())
-    gates = torch.full((2, total), 0.7, requires_grad=True)
-    with erase.gated(pipe.transformer, erase.split(gates, sites)):
-        how = dict(loss_of_final=lambda final: final[0].square().mean(), **call)
-        erase.rollout_backward(pipe, PROMPTS, SEEDS, **how)
+    gates = start.expand(2, -1).clone().requires_grad_()
+    with erase.gated(transformer, erase.split(gates, sites)):
+        erase.rollout(pipe, PROMPTS, SEEDS, **call)[0].square().mean().backward()
     assert gates.grad[0].any() and not gates.grad[1].any()
 
 
@@ -142,32 +134,32 @@ def test_fold_equals_hooks(name):
     """Bit for bit, for every kind of module that the family has, and it is not the base. Of a
     gated FFN both rows that make a closed neuron are zeroed."""
     pipe, call, _ = build(name)
-    weights = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    transformer = pipe.transformer
+    weights = {key: value.clone() for key, value in transformer.state_dict().items()}
     base = rollout(pipe, call)
     for module, units in zip(MODULES, GATES[name], strict=True):
         if not units:
             continue
-        sites = gate_sites(pipe.transformer, (module,))
+        sites = gate_sites(transformer, (module,))
         mask = erase.split((torch.arange(units) % 3 > 0).float(), sites)
         hooked = rollout(pipe, call, mask)
-        erase.fold(pipe.transformer, mask)
+        erase.fold(transformer, mask)
         assert torch.equal(rollout(pipe, call), hooked) and not torch.equal(hooked, base), module
-        for name in sites if module == "ffn" else ():
-            closed = (mask[name] == 0).float().mean()
-            for producer in sites[name].producers:
-                rows = pipe.transformer.get_parameter(f"{producer}.weight").flatten(1)
-                assert (rows == 0).all(1).float().mean() == closed, producer
-        pipe.transformer.load_state_dict(weights)
+        for site in sites if module == "ffn" else ():
+            for producer in sites[site].producers:
+                rows = transformer.get_parameter(f"{producer}.weight").flatten(1)
+                assert (rows == 0).all(1).float().mean() == (mask[site] == 0).float().mean()
+        transformer.load_state_dict(weights)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ten_steps_lower_the_loss(name):
     """Of a pair of prompts, by the plain sigmoid's gates, under noises that training never had."""
     pipe, call, sites = build(name)
-    trained = {}
+    gates = {}
 
     def keep(metrics, state):
-        trained.update(erase.split(erase.sigmoid(state["logits"]), sites))
+        gates.update(erase.split(erase.sigmoid(state["logits"]), sites))
 
     settings = {flag: columns[1] for flag, columns in erase.DEFAULTS.items()}
     settings |= dict(gate="sigmoid", lr_ffn=0.5, lr_norm=0.5, adam_eps=1e-8, harm=0.0, beta=0.1)
@@ -175,14 +167,9 @@ def test_ten_steps_lower_the_loss(name):
     pairs = [tuple(PROMPTS)]
     erase.train(pipe, pairs, ["a blue hat", "two cats"], call=call, on_step=keep, **settings)
     with torch.no_grad():
-        before, after = (
-            erase.case_errors(pipe, pairs * 8, range(8), gates, None, call=call).mean()
-            for gates in ({}, trained)
-        )
-    assert after < 0.9 * before
-
-
-HEADER = "case_number,prompt,neutral_prompt,evaluation_seed,split\n"
+        how = dict(weights=None, call=call)
+        before = erase.case_errors(pipe, pairs * 8, range(8), {}, **how).mean()
+        assert erase.case_errors(pipe, pairs * 8, range(8), gates, **how).mean() < 0.9 * before
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -192,13 +179,13 @@ def test_command_line(name, tmp_path):
     pipe, call = FAMILIES[name]()
     base, out = tmp_path / "base", tmp_path / "out"
     pipe.save_pretrained(base)
-    (tmp_path / "pairs.csv").write_text(f"{HEADER}0,a red gun,a red dog,1,train\n")
-    (tmp_path / "retain.csv").write_text(f"{HEADER}0,a big cat,,1,train\n1,two hats,,2,train\n")
+    head = "case_number,prompt,neutral_prompt,evaluation_seed,split\n"
+    (tmp_path / "pairs.csv").write_text(f"{head}0,a red gun,a red dog,1,train\n")
+    (tmp_path / "retain.csv").write_text(f"{head}0,a big cat,,1,train\n1,two hats,,2,train\n")
     flags = dict(model=base, concept="gun", prompts=tmp_path / "pairs.csv", out_dir=out)
     flags |= dict(retain=tmp_path / "retain.csv", device="cpu", preset="tiny", steps=2, batch=2)
     flags |= dict(retain_batch=2, lr_ffn=9, lr_norm=9, harm=0, adam_eps=1e-12) | call
-    argv = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    assert erase.main(argv) == 0
+    assert erase.main([f"--{flag}={value}" for flag, value in flags.items()]) == 0
     assert json.loads((out / "config.json").read_text())["call"] == call
     loaded = rollout(erase.load_erased(out, "cpu"), call)
     assert not torch.equal(loaded, rollout(pipe, call))
@@ -207,28 +194,22 @@ def test_command_line(name, tmp_path):
     assert torch.equal(loaded, rollout(pipe, call))
 
 
-@pytest.mark.parametrize("kind", ["DDPMPipeline", "StableDiffusionPipeline", "NoSuchPipeline"])
-def test_pipelines_that_cannot_be_driven_are_refused(kind, tmp_path, capsys):
-    """By their name and with what they lack, from model_index.json alone."""
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    assert erase.main(["--model", str(tmp_path), "--concept", "gun", "--device", "cpu"]) == 2
-    lacks = "which this diffusers does not have" if "No" in kind else "which has no transformer"
-    assert f"--model: {tmp_path} is a {kind}, {lacks}" in capsys.readouterr().err
-
-
-def test_a_transformer_without_a_known_ffn_is_refused():
+def test_what_cannot_be_driven_is_refused(tmp_path, capsys):
+    """A pipeline by its name and with what it lacks, from model_index.json alone; a transformer
+    without a known FFN."""
+    for kind in ("DDPMPipeline", "StableDiffusionPipeline", "NoSuchPipeline"):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        assert erase.main(["--model", str(tmp_path), "--concept", "gun", "--device", "cpu"]) == 2
+        lacks = "which this diffusers does not have" if "No" in kind else "which has no transformer"
+        assert f"--model: {tmp_path} is a {kind}, {lacks}" in capsys.readouterr().err
     with pytest.raises(UserError, match="no feed-forward layer known in TransformerEncoderLayer"):
         gate_sites(torch.nn.TransformerEncoderLayer(8, 2))
 
 
 def test_number_of_gates_of_full_size_flux():
     """FLUX.1-schnell's configuration has the paper's 466,944 FFN and 350,208 norm units."""
-    sizes = dict(num_layers=19, num_single_layers=38, num_attention_heads=24)
-    sizes |= dict(joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=False)
+    sizes = dict(in_channels=64, attention_head_dim=128, num_layers=19, num_single_layers=38)
+    sizes |= dict(num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768)
     with torch.device("meta"):
-        flux = FluxTransformer2DModel(in_channels=64, attention_head_dim=128, **sizes)
-    units = []
-    for module in MODULES:
-        sites = gate_sites(flux, (module,))
-        units.append(sum(site.units for site in sites.values()))
-    assert units == [466_944, 350_208, 116_736, 57 * 24, 38 * 12_288]
+        flux = FluxTransformer2DModel(**sizes, guidance_embeds=False)
+    assert units_of(flux) == (466_944, 350_208, 116_736, 57 * 24, 38 * 12_288)
