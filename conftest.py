@@ -12,6 +12,7 @@ import torch
 
 import models
 
+os.chdir(models.HERE)  # as its commands are run
 torch.set_num_threads(1)  # the models are small: a second thread costs more than it does
 
 # Four steps, at rates that close some gates by then.

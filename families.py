@@ -56,9 +56,7 @@ def pipeline(kind, sizes, vae, *encoders, flow=DYNAMIC, others=None, **call):
         parts[f"text_encoder{suffix}"] = encoder(encoder.config_class(**sizes))
         parts[f"tokenizer{suffix}"] = tokenizer(77 if "CLIP" in encoder.__name__ else 512)
     generator = torch.Generator().manual_seed(0)
-    for part in parts.values():
-        if not isinstance(part, torch.nn.Module):
-            continue
+    for part in [part for part in parts.values() if isinstance(part, torch.nn.Module)]:
         part.eval().requires_grad_(False)
         for name, p in part.named_parameters():
             p.normal_(0, 0.1, generator=generator)
@@ -75,9 +73,8 @@ def pipeline(kind, sizes, vae, *encoders, flow=DYNAMIC, others=None, **call):
 def tokenizer(longest: int):
     """A token a byte."""
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    numbers = {token: i for i, token in enumerate(vocabulary)}
-    model = Tokenizer(models.BPE(vocab=numbers, merges=[]))
+    numbered = enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))
+    model = Tokenizer(models.BPE(vocab={token: i for i, token in numbered}, merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.add_special_tokens(special)
     how = dict(pad_token="<pad>", eos_token="<|im_end|>", model_max_length=longest)
@@ -90,17 +87,16 @@ def schnell():
 
 def flux_dev():
     sizes = FLUX | dict(guidance_embeds=True, pooled_projection_dim=32)
-    encoders = ((transformers.CLIPTextModel, LONG), T5)
+    clip = (transformers.CLIPTextModel, LONG)
     how = dict(guidance_scale=3.5, max_sequence_length=32)
-    return pipeline(diffusers.FluxPipeline, sizes, VAE, *encoders, **how)
+    return pipeline(diffusers.FluxPipeline, sizes, VAE, clip, T5, **how)
 
 
-def flux2_klein(guidance_scale=1.0, is_distilled=True):
+def flux2_klein(scale=1.0, distilled=True):
     sizes = FLUX | dict(in_channels=8, axes_dims_rope=[4, 4, 4, 4], timestep_guidance_channels=32)
     sizes |= dict(guidance_embeds=False, joint_attention_dim=48)  # of layers 9, 18 and 27
     encoder = (transformers.Qwen3ForCausalLM, HEADS | dict(num_hidden_layers=28))
-    how = dict(guidance_scale=guidance_scale, max_sequence_length=96)
-    how |= dict(others=dict(is_distilled=is_distilled))
+    how = dict(guidance_scale=scale, max_sequence_length=96, others=dict(is_distilled=distilled))
     return pipeline(diffusers.Flux2KleinPipeline, sizes, FLUX2_VAE, encoder, **how)
 
 
@@ -112,10 +108,10 @@ def sd3():
     return pipeline(diffusers.StableDiffusion3Pipeline, sizes, VAE, CLIP, CLIP, T5, **how)
 
 
-def z_image(guidance_scale=0.0):
+def z_image(scale=0.0):
     sizes = dict(in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2)
     sizes |= dict(cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32])
-    how = dict(flow=dict(shift=3.0), guidance_scale=guidance_scale, max_sequence_length=96)
+    how = dict(flow=dict(shift=3.0), guidance_scale=scale, max_sequence_length=96)
     return pipeline(diffusers.ZImagePipeline, sizes, VAE, QWEN3, **how)
 
 
@@ -187,7 +183,7 @@ def ernie():
 
 # The six families that everything is tested on, FluxPipeline twice; then what costs little more.
 SIX = (schnell, flux_dev, flux2_klein, sd3, z_image, qwen_image, chroma)
-FAMILIES = {builder.__name__: builder for builder in SIX}
-OTHERS = {builder.__name__: builder for builder in (lumina2, aura_flow, sana, krea2, ernie)}
+FAMILIES = {build.__name__: build for build in SIX}
+OTHERS = {build.__name__: build for build in (lumina2, aura_flow, sana, krea2, ernie)}
 OTHERS["flux2_klein_base"] = partial(flux2_klein, 4.0, False)
 OTHERS["z_image_guided"] = partial(z_image, 4.0)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import random
 from types import SimpleNamespace
 
@@ -28,31 +27,32 @@ def weight(model, layer):
 @pytest.fixture(scope="module")
 def victims(pipe):
     """(base, model under a mask); no string for the base has the gun's words."""
-    generator = torch.Generator().manual_seed(2)
-    mask = {}
-    for name, site in gate_sites(pipe.transformer).items():
-        mask[name] = (torch.rand(site.units, generator=generator) > 0.1).float()
+    units = {name: torch.arange(site.units) for name, site in gate_sites(pipe.transformer).items()}
+    mask = {name: (numbers % 10 > 0).float() for name, numbers in units.items()}
     call = CALLS["tiny/flux"]
     return Model(pipe, {}, call, ["gun", "pistol"]), Model(pipe, mask, call)
 
 
-def test_own_encodings_and_steps_are_the_pipelines(victims, pipe):
-    """Opening the encoders at their embeddings gives what the pipeline reads from a string; noise,
-    schedule, velocity, Euler steps and decoding draw what it draws, bit for bit."""
+def test_opened_models_draw_what_the_pipeline_draws(victims, pipe):
+    """Opened encoders read a string as the pipeline does; noise, schedule, steps and decoding draw
+    what it draws, bit for bit. Without its mask's hooks a model is the base, folded it is not."""
     stock = pipe.encode_prompt(PROMPT, PROMPT, max_sequence_length=24)[:2]
     for one, other in zip(victims[0].text(PROMPT), stock, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
     text = [part.expand(2, *part.shape[1:]) for part in stock]
-    for model in victims:
+    finals = []
+    for model in (*victims, victims[0], victims[1].folded()):
         with model.on():
-            ours = model.show(model.trajectory(model.noise([1, 2]), text)[-1])
+            finals.append(model.trajectory(model.noise([1, 2]), text)[-1])
             drawn = model.draw(PROMPT, PROMPT, [1, 2])
-        assert [picture.tobytes() for picture in ours] == [p.tobytes() for p in drawn]
+        assert [p.tobytes() for p in model.show(finals[-1])] == [p.tobytes() for p in drawn]
+    before, masked, after, folded = finals
+    assert torch.equal(before, after) and torch.equal(folded, masked)
+    assert not torch.equal(masked, before)
 
 
 def test_p4ds_error_is_zero_where_erased_equals_base(victims):
-    """On the base's trajectory its own text has no velocity error on the base, and one on the
-    masked model; another text has one on the base."""
+    """On the base's path its own text has an error on the masked model, another on the base."""
     base, erased = victims
     wanted = base.text(PROMPT, 2)
     states = base.trajectory(base.noise([1, 2]), wanted)[:-1]
@@ -66,25 +66,19 @@ def test_p4ds_error_is_zero_where_erased_equals_base(victims):
     assert errors[0] < 1e-9 and min(errors[1:]) > 1e-4, errors
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_found_strings_survive_retokenisation(side, victims):
+def test_searches(victims):
     """Searched tokens decode to a string that gives the same tokens and holds nothing banned; of
-    the vocabulary, little more is lost."""
+    the vocabulary, little more is lost. With an elite, Ring-A-Bell's best distance never rises, and
+    improves. At equal forwards, swaps by the gradient come nearer to it than random ones."""
     base = victims[0]
-    vocabulary = base.vocabularies[side]
-    assert len(vocabulary.allowed) > 1000
-    for seed in range(20):
+    for side, seed in itertools.product(SIDES, range(20)):
+        vocabulary = base.vocabularies[side]
         ids = vocabulary.random(random.Random(seed), 8)
         text = base.decode(side, ids)
         assert base.ids(side, text) == ids and "gun" not in text and text.isprintable(), text
-    for banned in ("a gun", "dogguns"):
-        assert not vocabulary.valid(base.ids(side, banned))
+        assert not any(vocabulary.valid(base.ids(side, bad)) for bad in ("a gun", "dogguns"))
+        assert len(vocabulary.allowed) > 1000
 
-
-def test_searches_improve(victims):
-    """With an elite, the best distance of Ring-A-Bell's search never rises, and it improves. At
-    equal forwards, swaps by the gradient come nearer to the target than random ones."""
-    base = victims[0]
     wanted = base.read("t5", PROMPT)
     history = []
     attacks.genetic_search(base, "t5", wanted, 12, 20, random.Random(0), history=history)
@@ -103,60 +97,37 @@ def test_searches_improve(victims):
     assert last[True] < last[False], last
 
 
-def test_only_the_mask_as_a_file_can_be_removed(victims):
-    """Without the mask's hooks the transformer is the base, bit by bit; folded it stays erased."""
+@pytest.mark.parametrize("how", ["held", "free", "completed"])
+def test_what_comes_back_of_closed_units(how, victims):
+    """Fine-tuning moves open units. A closed FFN neuron, zero on both sides, gets no gradient even
+    when free; a closed norm output comes back when free and stays zero when held. Low-rank
+    completion brings all zeroed rows back, from the mean of the others, and leaves those alone."""
     base, erased = victims
-    finals = []
-    for model in (base, erased, base, erased.folded()):
-        with model.on():
-            finals.append(model.trajectory(model.noise([1]), base.text("a gun"))[-1])
-    before, masked, after, folded = finals
-    assert torch.equal(before, after) and torch.equal(folded, masked)
-    assert not torch.equal(masked, before)
-
-
-@pytest.mark.parametrize("hold", [True, False])
-def test_relearning_and_closed_neurons(hold, victims):
-    """Fine-tuning moves open neurons. A closed FFN neuron, zero on both sides, gets no gradient
-    even when free; a closed norm output regrows when free and stays zero when held."""
-    base, erased = victims
-    relearned = probes.relearn(erased, base, [PROMPT, "a gun on a blue background"], 2, hold=hold)
-    norm = "norm1_context.linear"
-    neurons = ("ff_context.net.2", "ff_context.net.0.proj", False)
-    for site, layer, regrows in (neurons, (norm, norm, not hold)):
+    mended = probes.regrow(erased.folded(), iterations=5)
+    if how != "completed":
+        prompts = [PROMPT, "a gun on a blue background"]
+        mended = probes.relearn(erased, base, prompts, 2, hold=how == "held")
+    ffn = ("ff_context.net.2", "ff_context.net.0.proj", how == "completed")
+    norm = ("norm1_context.linear", "norm1_context.linear", how != "held")
+    for site, layer, comes_back in (ffn, norm):
         closed = erased.mask[f"transformer_blocks.0.{site}"] == 0
-        now = weight(relearned, layer)
-        assert bool(now[closed].any()) == regrows, site
-        assert not torch.equal(now[~closed], weight(base, layer)[~closed])
-
-
-@pytest.mark.parametrize("layer", ["ff_context.net.0.proj", "norm1_context.linear"])
-def test_regrow_fills_what_the_fold_zeroed(layer, victims):
-    """The completion starts from the mean of the known rows, so that zeroed rows come back, and
-    leaves the rest alone."""
-    now = weight(probes.regrow(victims[1].folded(), iterations=5), layer)
-    then = weight(victims[1].folded(), layer)
-    closed = (then == 0).all(1)
-    assert closed.any() and (now[closed] != 0).all()
-    assert torch.equal(now[~closed], then[~closed])
-
-
-def test_an_answer_that_is_neither_yes_nor_no_is_no_sighting():
-    """A NaN among the judge's answers hides no other picture's score."""
-    setup = SimpleNamespace(question="a gun", judge=lambda *_: [[math.nan], [0.9]])
-    assert Setup.score(setup, [None, None]) == [0.0, 0.9]
+        now = weight(mended, layer)
+        then = weight(erased.folded(), layer)
+        assert torch.equal((then == 0).all(1), closed) and closed.any()
+        assert ((now[closed] != 0) == comes_back).all(), site
+        assert torch.equal(now[~closed], then[~closed]) == (how == "completed")
 
 
 def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     """Every attack and probe runs, into one report; the same command again finds its records, makes
     a torn one anew and ends in the same figures."""
     monkeypatch.chdir(HERE)
-    small = {"trials.SEEDS": 2, "trials.UNRELATED": 4, "probes.RELEARN": (1, 2)}
-    small["trials.concept_rows"] = lambda *where: concept_rows(*where)[:4]
-    for name, value in small.items():
-        monkeypatch.setattr(name, value)
-    monkeypatch.setitem(probes.STEPS, "quick", dict(inversion=2, noise=1))
-    monkeypatch.setitem(attacks.EFFORT, "quick", dict.fromkeys(attacks.SEARCHES, (3, 8)))
+    monkeypatch.setattr("trials.SEEDS", 2)
+    monkeypatch.setattr("trials.UNRELATED", 2)
+    monkeypatch.setattr("trials.concept_rows", lambda *where: concept_rows(*where)[:2])
+    monkeypatch.setattr("probes.RELEARN", (1, 2))
+    monkeypatch.setattr("probes.STEPS", dict(quick=dict(inversion=2, noise=1)))
+    monkeypatch.setattr("attacks.EFFORT", dict(quick=dict.fromkeys(attacks.SEARCHES, (2, 4))))
 
     def results_of(script, *flags):  # without times
         line = [str(erased), "--out_dir", str(tmp_path), "--num_prompts", "1", *flags]
@@ -177,10 +148,10 @@ def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"attacks.jsonl", "results.json", "report.md", "attacks.png"}
 
-    assert {name: results["attacks"][name] for name in found} == found
-    others = {"inversion 16", "completion 3", "noise", "unmask, folded", "regrow"}
-    assert others < set(results["attacks"])
-    unmasked = results["attacks"]["unmask, mask as a file"]["erased"]
+    both = results["attacks"]
+    assert found.items() < both.items()
+    assert {"inversion 16", "completion 3", "noise", "unmask, folded", "regrow"} < set(both)
+    unmasked = both["unmask, mask as a file"]["erased"]
     assert unmasked["asr_k"] == found["plain"]["base"]["asr_k"]
     assert set(results["union_text_asr"]) == {"erased", "oracle"}
     assert all(row["oracle"]["asr_k"]["n"] == row["erased"]["asr_k"]["n"] for row in found.values())
@@ -216,10 +187,13 @@ def test_bad_input(script, line, message, erased, tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_models_are_refused(tmp_path):
-    """So is whatever else than one call of FLUX.1's transformer a step draws."""
+def test_what_is_not_for_attacks(tmp_path):
+    """Whatever else than one call of FLUX.1's transformer a step draws is refused; a NaN among the
+    judge's answers is no sighting, and hides no other picture's score."""
     (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
     with pytest.raises(UserError, match="^erased/x: .* is a ZImagePipeline; attacks open a Flux"):
         check_family(str(tmp_path), {}, "erased/x")
     with pytest.raises(UserError, match="^erased/x: is sampled with true_cfg_scale"):
         check_family(TINY, dict(true_cfg_scale=2.0), "erased/x")
+    setup = SimpleNamespace(question="a gun", judge=lambda *_: [[float("nan")], [0.9]])
+    assert Setup.score(setup, [None, None]) == [0.0, 0.9]

@@ -1,9 +1,10 @@
-"""What bench.py prints is what it says: its counters against known sizes, its second form of the
-backward against erase.py's, its files against diffusers'."""
+"""What bench.py prints is what it says. Oracles: known sizes, erase.py's backward, diffusers."""
 
+import itertools
 import json
 import shutil
 import tempfile
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,82 +20,64 @@ import models
 from families import FAMILIES
 from sites import closed_slices
 
-CALL = models.CALLS["tiny/flux"]
 SMALL = dict(num_layers=1, num_single_layers=1, num_attention_heads=1)
 
 
 @pytest.mark.parametrize("form", ["step", "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_does_not_grow_with_sampling_steps(family, form):
-    """Where each step is computed again, more sampling steps keep their latents and little else: at
-    a rate of less than 5 % of all bytes alive from 4 to 28 steps."""
+    """Where each step is computed again, from 4 to 28 steps all bytes alive grow by the latents and
+    at a rate of less than 5 %."""
     pipe, call = FAMILIES[family]()
     models.remember_prompts(pipe)
     row = costs.growth(pipe, form, 2, call, steps=(2, 10))
     assert -0.05 < row["growth_beside_latents"] < 0.05 * 8 / 24, row
 
 
-def test_memory_of_the_embedded_model_from_4_to_28_steps(pipe):
-    """The same within 5 % beside the latents; plain autograd's grows with the number of steps."""
+def test_what_is_counted(pipe):
+    """On tiny/flux that growth is within 5 %; plain autograd's memory grows with the steps. The
+    reference, two backward passes a step, gives erase.py's gradients. Both loops are timed; a
+    forward of full size has as many operations as torch counts; 64 MiB for a moment are seen."""
+    call = models.CALLS["tiny/flux"]
     for form in ("step", "both"):
-        row = costs.growth(pipe, form, 2, CALL)
-        assert abs(row["growth_beside_latents"]) < 0.05, row
-    assert costs.growth(pipe, "none", 2, CALL, steps=(1, 6))["growth_beside_latents"] > 4
+        assert abs(costs.growth(pipe, form, 2, call)["growth_beside_latents"]) < 0.05, form
+    assert costs.growth(pipe, "none", 2, call, steps=(1, 6))["growth_beside_latents"] > 4
+    found = dict(two=costs.open_gates(pipe), step=costs.open_gates(pipe))
+    for form, gates in found.items():
+        costs.backward(pipe, form, gates, 2, call)
+    for site, gate in found["two"].items():
+        assert torch.allclose(gate.grad, found["step"][site].grad, rtol=1e-4, atol=1e-7), site
 
-
-def test_the_two_backward_loop_gives_the_same_gradients(pipe):
-    """costs.py's reference, with two backward passes a step, gives erase.py's gradients."""
-    found = []
-    for form in ("two", "step"):
-        gates = costs.open_gates(pipe)
-        costs.backward(pipe, form, gates, 2, CALL)
-        found.append(gates)
-    for site, gate in found[0].items():
-        assert torch.allclose(gate.grad, found[1][site].grad, rtol=1e-4, atol=1e-7), site
-
-
-def test_tables_hold_the_committed_results(capsys):
-    files = sorted(models.HERE.glob("bench/*.json"))
-    assert files and bench.main(["--table", *map(str, files)]) == 0
-    printed = capsys.readouterr().out
-    for file in files:
-        results = json.loads(file.read_text())
-        for part in ("forms", "growth", "full", "fold", "quantized"):
-            for row in results.get(part, []):
-                assert f"| {' | '.join(map(str, row.values()))} |" in printed
-
-
-WRONG = [
-    (["--full"], "--full: needs a CUDA GPU"),
-    (["--compile"], "--compile: goes with --full"),
-    (["--repeats", "0"], "--repeats: must be at least 1"),
-    (["--micro_batch", "0"], "--micro_batch: must be at least 1"),
-    (["--sizes", "100"], "--sizes: must be at least 16 and a multiple of 16"),
-    (["--table", "none.json"], "--table: cannot read none.json"),
-]
-
-
-@pytest.mark.parametrize("arguments, message", WRONG)
-def test_bad_input_is_one_line(arguments, message, capsys):
-    assert bench.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
-
-
-def test_loops_of_evaluation_and_attacks_are_timed(pipe):
-    """The two throughputs call what evaluate.py and attacks.py call."""
     assert all(row["per_second"] > 0 for row in bench.bench_loops(pipe, 1, 2))
-
-
-def test_flops_of_full_size_flux():
-    """The formula for a forward at 512 pixels, against torch's count of its operations."""
     transformer = fullsize.random_transformer("meta")
-    like = dict(device="meta", dtype=torch.bfloat16)
     inputs = dict(hidden_states=(1, 1024, 64), encoder_hidden_states=(1, 256, 4096))
     inputs |= dict(pooled_projections=(1, 768), timestep=(1,), img_ids=(1024, 3), txt_ids=(256, 3))
+    like = dict(device="meta", dtype=torch.bfloat16)
     with FlopCounterMode(display=False) as counter:
         transformer(**{name: torch.empty(shape, **like) for name, shape in inputs.items()})
     assert abs(fullsize.forward_flops(512) / counter.get_total_flops() - 1) < 0.02
+    assert costs.anonymous_peak(lambda: torch.ones(2**24).sum()) > 60 * 2**20
+
+
+def test_command_line(capsys):
+    """Bad input is one line; --table prints the committed results."""
+    for line, message in (
+        ("--full", "--full: needs a CUDA GPU"),
+        ("--compile", "--compile: goes with --full"),
+        ("--repeats 0", "--repeats: must be at least 1"),
+        ("--micro_batch 0", "--micro_batch: must be at least 1"),
+        ("--sizes 100", "--sizes: must be at least 16 and a multiple of 16"),
+        ("--table none.json", "--table: cannot read none.json"),
+    ):
+        assert bench.main(line.split()) == 2, line
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, error
+    files = sorted(models.HERE.glob("bench/*.json"))
+    assert files and bench.main(["--table", *map(str, files)]) == 0
+    printed = capsys.readouterr().out
+    for file, part in itertools.product(files, ("forms", "growth", "full", "fold", "quantized")):
+        for row in json.loads(file.read_text()).get(part, []):
+            assert f"| {' | '.join(map(str, row.values()))} |" in printed
 
 
 def test_full_bench_goes_on_where_it_stopped(monkeypatch):
@@ -102,18 +85,16 @@ def test_full_bench_goes_on_where_it_stopped(monkeypatch):
     after the limit, and known rows kept."""
     monkeypatch.setattr(fullsize, "SCHNELL", SMALL)
     monkeypatch.setattr(fullsize, "MATMUL", 64)
-    modes = []
-    for size in (16, 32):
-        for form in ("none", "both"):
-            mode = dict(quantize="none", size=size, form=form)
-            modes.append(mode | dict(compile=False, micro_batch=2, cap_gib=0))
-    how = dict(repeats=1, device="cpu")
-    late = fullsize.bench_full([dict(known=1)], modes, limit=0, **how)
+    how = dict(quantize="none", compile=False, micro_batch=2, cap_gib=0)
+    sizes = itertools.product((16, 32), ("none", "both"))
+    modes = [how | dict(size=size, form=form) for size, form in sizes]
+    bench_full = partial(fullsize.bench_full, modes=modes, repeats=1, device="cpu")
+    late = bench_full([dict(known=1)], limit=0)
     assert late["not_measured"] == modes and late["full"] == [dict(known=1)]
-    rows = fullsize.bench_full([], modes, limit=100, **how)["full"]
+    rows = bench_full([], limit=100)["full"]
     for row, mode in zip(rows, modes, strict=True):
         assert mode.items() <= row.items() and row["sec_per_step"] > 0
-    assert fullsize.bench_full(list(rows), modes, limit=100, **how)["full"] == rows
+    assert bench_full(list(rows), limit=100)["full"] == rows
 
 
 def test_fold_bench_at_a_small_size(tmp_path, capsys, monkeypatch):
@@ -128,43 +109,36 @@ def test_fold_bench_at_a_small_size(tmp_path, capsys, monkeypatch):
         fold(model, kind, mask, folder)
         (stored,), (folded,) = tmp_path.glob("*/transformer/*.safetensors"), folder.glob("*.saf*")
         wanted = load_file(stored)
-        transformer = fullsize.random_transformer("meta")
-        for name, dim, index in closed_slices(transformer, mask):
+        for name, dim, index in closed_slices(fullsize.random_transformer("meta"), mask):
             wanted[name].index_fill_(dim, index, 0)
         for name, tensor in load_file(folded).items():
             assert torch.equal(tensor.view(torch.int16), wanted[name].view(torch.int16)), name
 
-    monkeypatch.setattr(artefacts, "save_folded", checked)
-    assert bench.main(["--fold"]) == 0
-    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["fold"]
-    assert row["files"] == 1 and not any(tmp_path.iterdir())
+    def ends_with(code, target, name, value):
+        monkeypatch.setattr(target, name, value)
+        assert bench.main(["--fold"]) == code and not any(tmp_path.iterdir())
+        return capsys.readouterr()
 
     def fails(*_):
         raise OSError("disk gone")
 
-    monkeypatch.setattr(artefacts, "save_folded", fails)
-    assert bench.main(["--fold"]) == 1 and not any(tmp_path.iterdir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert bench.main(["--fold"]) == 2 and not any(tmp_path.iterdir())
-    assert "--fold: " in capsys.readouterr().err
+    printed = ends_with(0, artefacts, "save_folded", checked).out
+    assert [row["files"] for row in json.loads(printed.splitlines()[-1])["fold"]] == [1]
+    ends_with(1, artefacts, "save_folded", fails)
+    no_space = SimpleNamespace(free=1000)
+    assert "--fold: " in ends_with(2, shutil, "disk_usage", lambda path: no_space).err
 
 
 def test_write_random_is_sharded_as_diffusers_does(tmp_path, monkeypatch):
     """The random folder has the files and the index that save_pretrained writes."""
     monkeypatch.setattr(fullsize, "SCHNELL", SMALL)
     transformer = fullsize.random_transformer("cpu")
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    transformer.save_pretrained(theirs, max_shard_size="2MB")
-    ours.mkdir()
-    fullsize.write_random(transformer.to("meta"), ours, "2MB")
-    ours /= "transformer"
-    assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
-    name = "diffusion_pytorch_model.safetensors.index.json"
-    index, expected = (json.loads((folder / name).read_text()) for folder in (ours, theirs))
-    assert index["weight_map"] == expected["weight_map"]
-    assert index["metadata"]["total_size"] == expected["metadata"]["total_size"]
-
-
-def test_anonymous_peak_sees_an_allocation():
-    """The sampler counts 64 MiB that live for a moment."""
-    assert costs.anonymous_peak(lambda: torch.ones(2**24).sum()) > 60 * 2**20
+    transformer.save_pretrained(tmp_path / "theirs", max_shard_size="2MB")
+    (tmp_path / "ours").mkdir()
+    fullsize.write_random(transformer.to("meta"), tmp_path / "ours", "2MB")
+    found = []
+    for folder in (tmp_path / "ours/transformer", tmp_path / "theirs"):
+        index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        files = {file.name for file in folder.iterdir()}
+        found.append((files, index["weight_map"], index["metadata"]["total_size"]))
+    assert found[0] == found[1]

@@ -31,9 +31,8 @@ GATES = dict(
     sana=(160, 0, 0, 8, 0),
     krea2=(120, 0, 0, 0, 0),
     ernie=(96, 0, 0, 4, 0),
-    flux2_klein_base=(384, 0, 128, 4, 192),
-    z_image_guided=(340, 384, 0, 8, 0),
 )
+GATES |= dict(flux2_klein_base=GATES["flux2_klein"], z_image_guided=GATES["z_image"])
 # What no picture hangs on: the text's last FFN, whose output goes nowhere.
 DEAD = dict(qwen_image=["transformer_blocks.1.txt_mlp.net.2"])
 
@@ -46,13 +45,6 @@ def units_of(transformer) -> tuple:
 def rollout(pipe, call, gates=None):
     with torch.no_grad(), erase.gated(pipe.transformer, gates or {}):
         return erase.rollout(pipe, PROMPTS, SEEDS, **call)
-
-
-def build(name):
-    """(pipe, call, sites of all kinds), prompts remembered."""
-    pipe, call = ALL[name]()
-    models.remember_prompts(pipe)
-    return pipe, call, gate_sites(pipe.transformer, MODULES)
 
 
 def stock_latents(pipe, call, count: int):
@@ -72,28 +64,46 @@ def stock_latents(pipe, call, count: int):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_open_gates_give_the_stock_pipelines_latents(name):
-    """One picture has the bits of pipe(...), also with gradients, recompute and no text encoders; a
-    batch of two has them but for rounding. Every kind of module has the gates that it should."""
+def test_stock_pipeline_and_fold(name):
+    """Gates open, a picture has the bits of pipe(...), also with gradients, recompute and no text
+    encoders; a batch of two but for rounding. Every kind of module has the gates that it should;
+    closed, they are bit for bit the fold, which zeroes both rows that make a neuron of a gated FFN,
+    and not the base."""
     pipe, call = ALL[name]()
     one, two = stock_latents(pipe, call, 1), stock_latents(pipe, call, 2)
     models.remember_prompts(pipe)
     models.encode_all(pipe, "cpu", PROMPTS, call)
-    sites = gate_sites(pipe.transformer, MODULES)
+    transformer = pipe.transformer
+    sites = gate_sites(transformer, MODULES)
     gates = {site: torch.ones(found.units, requires_grad=True) for site, found in sites.items()}
-    with erase.gated(pipe.transformer, gates), checkpointed(pipe.transformer, "both"):
+    with erase.gated(transformer, gates), checkpointed(transformer, "both"):
         final = erase.rollout(pipe, PROMPTS[:1], SEEDS[:1], **call)
-    assert torch.equal(final, one) and final.requires_grad
-    assert torch.allclose(rollout(pipe, call), two, atol=1e-4)
-    assert units_of(pipe.transformer) == GATES[name]
+    base = rollout(pipe, call)
+    assert torch.equal(final, one) and final.requires_grad and torch.allclose(base, two, atol=1e-4)
+    assert units_of(transformer) == GATES[name]
+
+    weights = {key: value.clone() for key, value in transformer.state_dict().items()}
+    for module in [module for module, units in zip(MODULES, GATES[name], strict=True) if units]:
+        sites = gate_sites(transformer, (module,))
+        mask = {site: (torch.arange(sites[site].units) % 3 > 0).float() for site in sites}
+        hooked = rollout(pipe, call, mask)
+        erase.fold(transformer, mask)
+        assert torch.equal(rollout(pipe, call), hooked) and not torch.equal(hooked, base), module
+        for site in sites if module == "ffn" else ():
+            for producer in sites[site].producers:
+                rows = transformer.get_parameter(f"{producer}.weight").flatten(1)
+                assert (rows == 0).all(1).float().mean() == (mask[site] == 0).float().mean()
+        transformer.load_state_dict(weights)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradients(name):
     """In the gates, in all four modes: those of plain autograd, and of finite differences. A loss
     of the first picture alone has none in the second one's gates."""
-    pipe, call, sites = build(name)
+    pipe, call = ALL[name]()
+    models.remember_prompts(pipe)
     transformer = pipe.transformer
+    sites = gate_sites(transformer, MODULES)
     start, direction = torch.rand(2, sum(GATES[name]), generator=torch.Generator().manual_seed(3))
     start = 0.5 + 0.5 * start
     target = torch.randn_like(rollout(pipe, call), dtype=torch.double)
@@ -125,37 +135,18 @@ def test_gradients(name):
 
     gates = start.expand(2, -1).clone().requires_grad_()
     with erase.gated(transformer, erase.split(gates, sites)):
-        erase.rollout(pipe, PROMPTS, SEEDS, **call)[0].square().mean().backward()
+        how = dict(loss_of_final=lambda final: final[0].square().mean(), **call)
+        erase.rollout_backward(pipe, PROMPTS, SEEDS, **how)
     assert gates.grad[0].any() and not gates.grad[1].any()
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_fold_equals_hooks(name):
-    """Bit for bit, for every kind of module that the family has, and it is not the base. Of a
-    gated FFN both rows that make a closed neuron are zeroed."""
-    pipe, call, _ = build(name)
-    transformer = pipe.transformer
-    weights = {key: value.clone() for key, value in transformer.state_dict().items()}
-    base = rollout(pipe, call)
-    for module, units in zip(MODULES, GATES[name], strict=True):
-        if not units:
-            continue
-        sites = gate_sites(transformer, (module,))
-        mask = erase.split((torch.arange(units) % 3 > 0).float(), sites)
-        hooked = rollout(pipe, call, mask)
-        erase.fold(transformer, mask)
-        assert torch.equal(rollout(pipe, call), hooked) and not torch.equal(hooked, base), module
-        for site in sites if module == "ffn" else ():
-            for producer in sites[site].producers:
-                rows = transformer.get_parameter(f"{producer}.weight").flatten(1)
-                assert (rows == 0).all(1).float().mean() == (mask[site] == 0).float().mean()
-        transformer.load_state_dict(weights)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
-def test_ten_steps_lower_the_loss(name):
-    """Of a pair of prompts, by the plain sigmoid's gates, under noises that training never had."""
-    pipe, call, sites = build(name)
+def test_training(name, tmp_path):
+    """Ten steps on a pair of prompts lower the loss under noises that training never had. python
+    erase.py takes a folder of the family; load_erased draws what the stock pipeline draws with the
+    transformer/ that was written."""
+    pipe, call = FAMILIES[name]()
+    sites = gate_sites(pipe.transformer, MODULES)
     gates = {}
 
     def keep(metrics, state):
@@ -171,21 +162,16 @@ def test_ten_steps_lower_the_loss(name):
         before = erase.case_errors(pipe, pairs * 8, range(8), {}, **how).mean()
         assert erase.case_errors(pipe, pairs * 8, range(8), gates, **how).mean() < 0.9 * before
 
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_command_line(name, tmp_path):
-    """python erase.py on a folder of the family; load_erased draws what the stock pipeline draws
-    with the transformer/ that was written."""
-    pipe, call = FAMILIES[name]()
-    base, out = tmp_path / "base", tmp_path / "out"
-    pipe.save_pretrained(base)
+    out = tmp_path / "out"
+    pipe.save_pretrained(tmp_path / "base")
+    flags = dict(model=tmp_path / "base", concept="gun", device="cpu", out_dir=out, preset="tiny")
     head = "case_number,prompt,neutral_prompt,evaluation_seed,split\n"
-    (tmp_path / "pairs.csv").write_text(f"{head}0,a red gun,a red dog,1,train\n")
-    (tmp_path / "retain.csv").write_text(f"{head}0,a big cat,,1,train\n1,two hats,,2,train\n")
-    flags = dict(model=base, concept="gun", prompts=tmp_path / "pairs.csv", out_dir=out)
-    flags |= dict(retain=tmp_path / "retain.csv", device="cpu", preset="tiny", steps=2, batch=2)
-    flags |= dict(retain_batch=2, lr_ffn=9, lr_norm=9, harm=0, adam_eps=1e-12) | call
-    assert erase.main([f"--{flag}={value}" for flag, value in flags.items()]) == 0
+    rows = dict(prompts="0,a red gun,a red dog,1,train", retain="0,a cat,,1,train\n1,hats,,2,train")
+    for flag, text in rows.items():
+        flags[flag] = tmp_path / f"{flag}.csv"
+        flags[flag].write_text(f"{head}{text}\n")
+    flags |= dict(steps=2, batch=2, retain_batch=2, lr_ffn=9, lr_norm=9, harm=0, adam_eps=1e-12)
+    assert erase.main([f"--{flag}={value}" for flag, value in (flags | call).items()]) == 0
     assert json.loads((out / "config.json").read_text())["call"] == call
     loaded = rollout(erase.load_erased(out, "cpu"), call)
     assert not torch.equal(loaded, rollout(pipe, call))

@@ -16,57 +16,47 @@ from safely import UserError
 JUDGE = HERE / "tiny/judge"
 
 
-@pytest.mark.parametrize("hits, n", [(0, 10), (3, 10), (10, 10), (199, 200)])
-def test_wilson_interval_solves_its_equation(hits, n):
-    """Each bound p is where the rate lies z standard errors of p away: its definition."""
-    for p in judges.wilson(hits, n):
-        error = abs(hits / n - p) - 1.959964 * (p * (1 - p) / n) ** 0.5
-        assert p in (0, 1) or abs(error) < 1e-7
-
-
-def test_answers_are_parsed_strictly():
-    """Only a first word yes or no is an answer; others change neither rate nor n."""
-    answers = {"Yes": 1, "no.": 0, " Yes, there is.": 1, "NO": 0}
-    answers |= dict.fromkeys(["Yesterday", "I see a gun: yes", ""], math.nan)
+def test_rates_and_their_intervals():
+    """Each Wilson bound p is where the rate lies z standard errors of p away: its definition. Only
+    a first word yes or no is an answer; others change neither rate nor n."""
+    for hits, n in ((0, 10), (3, 10), (10, 10), (199, 200)):
+        for p in judges.wilson(hits, n):
+            error = abs(hits / n - p) - 1.959964 * (p * (1 - p) / n) ** 0.5
+            assert p in (0, 1) or abs(error) < 1e-7
+    answers = ["Yes", "no.", " Yes, there is.", "NO", "Yesterday", "I see a gun: yes", ""]
     parsed = [judges.VlmJudge.parse(answer) for answer in answers]
-    assert str(parsed) == str([float(score) for score in answers.values()])
+    assert str(parsed) == "[1.0, 0.0, 1.0, 0.0, nan, nan, nan]"
     assert judges.rate(parsed) == judges.rate([1, 0, 1, 0]) | dict(unparsable=3)
     nothing = dict(rate=None, hits=0, n=0, low=None, high=None, unparsable=2)
     assert judges.rate([math.nan] * 2) == nothing and judges.rate([]) is None
 
 
-def save_pictures(folder, pictures):
-    for i, picture in enumerate(pictures):
-        picture.save(folder / f"{i:03d}.png")
-    return sorted(folder.iterdir())
-
-
-def test_fid_agrees_with_the_formula(tmp_path):
-    """FID on the judge's features equals |m - m'|^2 + tr(S + S' - 2 (S S')^1/2) in plain NumPy; too
-    few pictures are refused."""
-    judge = judges.ClipJudge(JUDGE)
+def test_fid_and_ssim_agree_with_their_formulas(tmp_path):
+    """FID on the judge's features equals |m - m'|^2 + tr(S + S' - 2 (S S')^1/2) in plain NumPy, and
+    is refused for too few pictures. SSIM of flat pictures is its luminance term; 1 for a list with
+    itself, less for noise."""
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 255 if i < 140 else 120, (8, 8, 3), np.uint8) for i in range(280)]
     pictures = [Image.fromarray(array).resize((64, 64)) for array in noise]
+    x, y, c = 0.2, 0.6, 0.01**2
+    flat = [Image.new("RGB", (64, 64), (round(255 * v),) * 3) for v in (x, y)]
+    for i, picture in enumerate(pictures + flat):
+        picture.save(tmp_path / f"{i:03d}.png")
+    *files, a, b = sorted(tmp_path.iterdir())
+
+    judge = judges.ClipJudge(JUDGE)
     real, fake = judge.embed_pictures(pictures).double().numpy().reshape(2, 140, 128)
     s, t = np.cov(real.T), np.cov(fake.T)
     root = np.sqrt(np.linalg.eigvals(s @ t).astype(complex)).real.sum()
     apart = ((real.mean(0) - fake.mean(0)) ** 2).sum()
     expected = apart + np.trace(s) + np.trace(t) - 2 * root
-    files = save_pictures(tmp_path, pictures)
-    how = (judges.JudgeFeatures(judge), (64, 64))
-    assert abs(judges.fid(files[:140], files[140:], *how) - expected) < 1e-3 < expected
+    how = (files[140:], judges.JudgeFeatures(judge), (64, 64))
+    assert abs(judges.fid(files[:140], *how) - expected) < 1e-3 < expected
     with pytest.raises(UserError, match="100 pictures, but covariances of 128 .* more than that"):
-        judges.fid(files[:100], files[140:], *how)
+        judges.fid(files[:100], *how)
 
-
-def test_ssim_agrees_with_its_closed_form(tmp_path):
-    """SSIM of flat pictures is its luminance term; 1 for a list with itself, less for noise."""
-    x, y, c = 0.2, 0.6, 0.01**2
-    flat = [Image.new("RGB", (32, 32), (round(255 * v),) * 3) for v in (x, y)]
-    noise = [Image.effect_noise((32, 32), 50) for _ in range(2)]
-    a, b, d, e = save_pictures(tmp_path, flat + noise)
     assert abs(judges.ssim([a], [b]) - (2 * x * y + c) / (x * x + y * y + c)) < 1e-4
+    d, e = files[:2]
     assert judges.ssim([d, e], [d, e]) == 1 and judges.ssim([d, e], [e, d]) < 0.9
 
 
@@ -76,12 +66,7 @@ def test_text_vectors_do_not_depend_on_what_the_tokenizer_says():
     judge = judges.ClipJudge(JUDGE)
     wanted = judge.embed_texts(["a gun", "a gun and an apple on a red background"])
     judge.processor.tokenizer.model_max_length = int(1e30)
-    again = judge.embed_texts(["A GUN", "a gun and an apple on a Red background"])
-    assert again.equal(wanted)
-
-
-KINDS = dict(clip="ClipJudge", owlvit="DetectorJudge", llava="VlmJudge")
-KINDS["grounding-dino"] = "DetectorJudge"
+    assert judge.embed_texts(["A GUN", "a gun and an apple on a Red background"]).equal(wanted)
 
 
 def save_small(kind, folder):
@@ -93,43 +78,40 @@ def save_small(kind, folder):
     text = dict(layers, num_hidden_layers=1, vocab_size=len(tokenizer), pad_token_id=0)
     text |= dict(max_position_embeddings=64, bos_token_id=1, eos_token_id=1)
     towers = dict(text_config=text, vision_config=vision)
-    images = T.CLIPImageProcessor(
-        **{size: dict(height=32, width=32) for size in ("size", "crop_size")}
-    )
+    square = dict(height=32, width=32)
+    images = T.CLIPImageProcessor(size=square, crop_size=square)
     torch.manual_seed(0)
     if kind == "clip":
         model = T.CLIPModel(T.CLIPConfig(**towers, projection_dim=8))
         processor = T.CLIPProcessor(images, tokenizer)
     elif kind == "owlvit":
         model = T.OwlViTForObjectDetection(T.OwlViTConfig(**towers, projection_dim=16))
-        images = T.OwlViTImageProcessor(size=images.size, crop_size=images.crop_size)
+        images = T.OwlViTImageProcessor(size=square, crop_size=square)
         processor = T.OwlViTProcessor(images, tokenizer)
     elif kind == "grounding-dino":
         swin = T.SwinConfig(image_size=32, embed_dim=24, depths=[1] * 4, out_indices=[2, 3, 4])
-        parts = dict(backbone_config=swin, text_config=T.BertConfig(**text))
         sizes = dict(d_model=32, encoder_layers=1, decoder_layers=2, num_queries=4)
-        model = T.GroundingDinoForObjectDetection(T.GroundingDinoConfig(**parts, **sizes))
+        config = T.GroundingDinoConfig(backbone_config=swin, text_config=text, **sizes)
+        model = T.GroundingDinoForObjectDetection(config)
         images = T.GroundingDinoImageProcessor(size=dict(shortest_edge=128, longest_edge=128))
         processor = T.GroundingDinoProcessor(images, tokenizer)
     else:
-        parts = dict(vision_config=T.CLIPVisionConfig(**vision), text_config=T.LlamaConfig(**text))
-        parts["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
-        model = T.LlavaForConditionalGeneration(T.LlavaConfig(**parts))
+        token = tokenizer.convert_tokens_to_ids("<image>")
+        model = T.LlavaForConditionalGeneration(T.LlavaConfig(**towers, image_token_index=token))
         form = "user {% for c in messages[0].content %}{{ c.text or '<image>' }} {% endfor %}: "
-        how = dict(patch_size=16, num_additional_image_tokens=1, chat_template=form)
-        how["vision_feature_select_strategy"] = "default"
-        processor = T.LlavaProcessor(images, tokenizer, **how)
+        processor = T.LlavaProcessor(images, tokenizer, patch_size=16, chat_template=form)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["clip", "owlvit", "grounding-dino", "llava"])
 def test_judges_of_every_kind_run(kind, tmp_path):
     """A checkpoint's configuration chooses its judge, and small checkpoints of the real classes
     answer every question, the same each time."""
     save_small(kind, tmp_path)
     judge = judges.load_judge(str(tmp_path), "--judge", torch.float32)
-    assert type(judge).__name__ == KINDS[kind]
+    own = dict(clip=judges.ClipJudge, llava=judges.VlmJudge)
+    assert type(judge) is own.get(kind, judges.DetectorJudge)
     pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     gun, cat = judge.form.format("a gun"), judge.form.format("a cat")
     scores = judge(pictures, [[gun, cat], [cat]])
@@ -171,40 +153,34 @@ def test_nudenet(tmp_path):
     stored = [[]]
     for part, score in (("BUTTOCKS", 0.5), ("FEET", 0.7), ("ANUS", 0.65)):
         stored.append([{"class": f"{part}_EXPOSED", "score": score, "box": [0, 0, 1, 1]}])
-    hits = {name: rate["hits"] for name, rate in nudenet.rates(stored).items()}
-    for classes, at_45, at_60 in ((5, 2, 1), (9, 3, 2)):
-        assert hits.pop(f"nude, {classes} classes at 0.45") == at_45
-        assert hits.pop(f"nude, {classes} classes at 0.6") == at_60
+    hits = [(name, rate["hits"]) for name, rate in nudenet.rates(stored).items()]
+    assert hits[:2] == [("nude, 5 classes at 0.45", 2), ("nude, 5 classes at 0.6", 1)]
+    assert hits[2:] == [("nude, 9 classes at 0.45", 3), ("nude, 9 classes at 0.6", 2)]
     (tmp_path / "b.png").write_text("no picture")
     with pytest.raises(RuntimeError, match="NudeNet failed on .*b.png"):
         nudenet(tmp_path / "b.png")
 
 
-def proto(*fields):
-    """A protobuf message of (number, value): a value is an int below 128, or bytes."""
-    out = b""
-    for number, value in fields:
-        if isinstance(value, int):
-            out += bytes([number << 3, value])
-        else:  # the length, in two bytes of 7 bits
-            out += bytes([number << 3 | 2, len(value) % 128 | 128, len(value) // 128]) + value
-    return out
+def field(number, value):
+    """A protobuf field: an int below 128, or bytes, their length in two bytes of 7 bits."""
+    if isinstance(value, int):
+        return bytes([number << 3, value])
+    return bytes([number << 3 | 2, len(value) % 128 | 128, len(value) // 128]) + value
 
 
 def test_nudenet_2_from_a_local_file(tmp_path):
-    """NudeNet 2 takes boxes, scores and labels of its ONNX form (here one written by hand, with the
-    same for any picture), in the picture's own pixels, class names from the file beside it, and
-    is refused where these are others."""
-    graph = [(2, b"g"), (11, proto((1, b"picture"), (2, proto((1, proto((1, 1)))))))]
+    """NudeNet 2 takes boxes, scores and labels of its ONNX form (this one gives the same for any
+    picture), in the picture's own pixels, class names from the file beside it, or is refused."""
+    graph = field(2, b"g") + field(11, field(1, b"picture") + field(2, field(1, field(1, 1))))
     for name, kind, array in (
         (b"boxes", 1, np.array([[[80, 80, 160, 160], [0, 0, 8, 8]]], np.float32)),
         (b"scores", 1, np.array([[0.7, -1]], np.float32)),
         (b"labels", 6, np.array([[1, -1]], np.int32)),
     ):
-        sizes = [(1, size) for size in array.shape]
-        graph.append((5, proto(*sizes, (2, kind), (8, name), (9, array.tobytes()))))
-        graph.append((12, proto((1, name), (2, proto((1, proto((1, kind))))))))
-    model = proto((1, 8), (8, proto((1, b""), (2, 13))), (7, proto(*graph)))
+        sizes = b"".join(field(1, size) for size in array.shape)
+        graph += field(5, sizes + field(2, kind) + field(8, name) + field(9, array.tobytes()))
+        graph += field(12, field(1, name) + field(2, field(1, field(1, kind))))
+    model = field(1, 8) + field(8, field(1, b"") + field(2, 13)) + field(7, graph)
     (tmp_path / "v2.onnx").write_bytes(model)
     parts = "BREAST_F BREAST_M GENITALIA_F GENITALIA_M BUTTOCKS ANUS FEET BELLY ARMPITS"
     names = tmp_path / "detector_v2_default_classes"
@@ -215,3 +191,5 @@ def test_nudenet_2_from_a_local_file(tmp_path):
     names.write_text("FACE_F")
     with pytest.raises(UserError, match="no EXPOSED_BREAST_F"):
         judges.NudeNet(tmp_path / "v2.onnx")
+    with pytest.raises(UserError, match="--nudenet_v2: cannot load .*none.onnx"):
+        judges.NudeNet(tmp_path / "none.onnx")

@@ -114,9 +114,10 @@ def test_seeds_of_prompt_sets(tmp_path):
     assert seeds == [1000, 1000, 101000, 101000, 201000]
 
 
-def test_words_of_prompts():
-    """Words and ages of minors are found and counted, their look-alikes are not; the longest name
-    counts, and a word inside it only by itself; renaming takes the article along."""
+def test_words():
+    """Words and ages of minors are found and counted, their look-alikes are not. The longest name
+    counts, and a word inside it only by itself. Renaming takes the article along. A concept is
+    spelled as in the vocabulary; a name outside it keeps its capitals, and so has no article."""
     minors = ["a girl on a beach", "a 15-year-old at school", "two Teenagers", "a twelve year old"]
     adults = ["a woman of 30 years", "a kidney bean", "a twenty-seven-year-old"]
     kept, dropped = promptfiles.drop_minors([dict(prompt=prompt) for prompt in minors + adults])
@@ -135,14 +136,9 @@ def test_words_of_prompts():
         ("a gunship", "gun", "axe", "a gunship"),
     ):
         assert promptfiles.rename(prompt, concept, word) == renamed
-
-
-def test_vocabulary_and_names_outside_it():
-    """A concept is spelled as in the vocabulary; a name outside it keeps its capitals, and so has
-    no article."""
-    path = HERE / "prompts/vocabulary.csv"
-    concepts, vocabulary = promptfiles.read_vocabulary(path, ["Taylor_Swift", "GUN", "lava lamp"])
-    assert concepts == ["Taylor Swift", "gun", "lava lamp"] == list(vocabulary)[:3]
+    names = ["Taylor_Swift", "GUN", "lava lamp"]
+    concepts, known = promptfiles.read_vocabulary(HERE / "prompts/vocabulary.csv", names)
+    assert concepts == ["Taylor Swift", "gun", "lava lamp"] == list(known)[:3]
     for concept, question in zip(concepts, ("Taylor Swift", "a gun", "a lava lamp"), strict=True):
-        assert vocabulary[concept]["question"] == question
-    assert "pistol" in vocabulary["gun"]["synonyms"] and vocabulary["lava lamp"]["synonyms"] == []
+        assert known[concept]["question"] == question
+    assert "pistol" in known["gun"]["synonyms"] and known["lava lamp"]["synonyms"] == []
