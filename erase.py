@@ -215,12 +215,12 @@ def harm_of_closing(
     seeds = [TRAIN_NOISE + rng.randrange(2**20) for _ in chosen]
     total = sum(site.units for site in sites.values())
     harm = torch.zeros(total, device=pipe._execution_device)
-    for start in tqdm(range(0, draws, micro_batch)[rank::count], "harm", disable=rank > 0):
+    generator = torch.Generator().manual_seed(seed)
+    for start in tqdm(range(0, draws, micro_batch), "harm", disable=rank > 0):
         part = slice(start, start + micro_batch)
 
-        def projection(final):  # each picture has its own v, in whatever batch it comes
-            drawn = [torch.Generator().manual_seed(seed + start + i) for i in range(len(final))]
-            v = torch.stack([torch.randn(final.shape[1:], generator=g) for g in drawn])
+        def projection(final):  # v picture by picture: the same in batches of any size
+            v = torch.stack([torch.randn(x.shape, generator=generator) for x in final])
             return (final.float() * v.to(final.device)).sum() / final[0].numel() ** 0.5
 
         # each picture has its own gates, so that one backward gives every picture's gradient
@@ -228,9 +228,9 @@ def harm_of_closing(
         with gated(pipe.transformer, split(gates, sites)):
             rollout_backward(pipe, chosen[part], seeds[part], projection, checkpoint, **call)
         harm += gates.grad.square().sum(0) / draws
-    if count > 1:
+    if count > 1:  # all draw the same, but the sums of GPUs differ in the last bits
         dist.all_reduce(harm)
-    return split(harm.cpu(), sites)
+    return split(harm.cpu() / count, sites)
 
 
 def choose(rng, indices: range, size: int, hard: float, latest) -> list[int]:
