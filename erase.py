@@ -427,7 +427,7 @@ def run(args) -> None:
         with torch.no_grad():
             errors[name] = case_errors(pipe, tests, noises, gates, None, **how)
         with gated(pipe.transformer, gates):
-            sheet += pictures.draw_rows(pipe, name, held_out, call)
+            sheet += pictures.draw_rows(pipe, name, held_out, call, args.micro_batch)
     pictures.save_preview(args.out_dir / "preview.png", sorted(sheet, key=lambda row: row[0]))
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))
     if args.save == "full":

@@ -33,12 +33,6 @@ def blocks_of(transformer) -> list:
     return list(memory.blocks_of(transformer).values())
 
 
-def hardware(device) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
-
-
 def free_memory(device) -> int:
     """Bytes."""
     if torch.device(device).type == "cuda":

@@ -33,14 +33,14 @@ def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
     return drawn
 
 
-def draw_rows(pipe, name: str, rows: dict, call: dict, most: int = 6) -> list:
-    """Labelled rows for save_preview: the first pictures of each kind of prompts, with the rows'
-    own seeds. rows: {kind: prompt rows}."""
+def draw_rows(pipe, name: str, rows: dict, call: dict, batch: int) -> list:
+    """Labelled rows for save_preview: the first six pictures of each kind of prompts, with the
+    rows' own seeds, `batch` at a time. rows: {kind: prompt rows}."""
     drawn = []
     for kind, some in rows.items():
-        prompts = [row["prompt"] for row in some[:most]]
-        seeds = [row["evaluation_seed"] for row in some[:most]]
-        drawn.append((f"{kind}\n{name}", draw(pipe, prompts, seeds, **call)))
+        prompts = [row["prompt"] for row in some[:6]]
+        seeds = [row["evaluation_seed"] for row in some[:6]]
+        drawn.append((f"{kind}\n{name}", draw(pipe, prompts, seeds, batch, **call)))
     return drawn
 
 
