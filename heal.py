@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from memory import blocks_of
+from recompute import replaced
 from safely import UserError, first_line, write_atomically
 from sites import gate_sites
 
@@ -51,25 +52,20 @@ def readers(transformer) -> dict:
     return found
 
 
-def states(pipe, prompts, draws, call, batch, first_seed) -> list:
-    """[(args, kwargs) of each call of the transformer] while it samples every prompt from `draws`
-    noises."""
+def states(pipe, prompts, first_seed, call, batch) -> list:
+    """[(args, kwargs)] of the transformer's calls while it samples: a prompt, a seed."""
+    from erase import rollout  # which may import this file
+
     found = []
 
     def keep(transformer, args, kwargs):
         found.append((args, kwargs))
 
-    prompts = list(prompts) * draws
     with pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True):
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            seeds = range(first_seed + start, first_seed + start + len(part))
-            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-            if isinstance(call.get("negative_prompt"), str):
-                call = call | dict(negative_prompt=[call["negative_prompt"]])
-            if "negative_prompt" in call:
-                call = call | dict(negative_prompt=call["negative_prompt"][:1] * len(part))
-            pipe(prompt=part, generator=generator, output_type="latent", **call)
+            seeds = [first_seed + start + i for i in range(len(part))]
+            rollout(pipe, part, seeds, **call)
     return found
 
 
@@ -108,7 +104,7 @@ def replaying(transformer):
     token. It computes no further than these layers, and no block that the state's memory knows:
     {} at first, it gets the output of blocks in `done`. A list's blocks are a chain, so the memory
     of its last is enough."""
-    current = {}
+    current = dict(done=(), memory={})
 
     def run_block(name, forward, *args, **kwargs):
         chain, _, index = name.rpartition(".")
@@ -136,17 +132,9 @@ def replaying(transformer):
             transformer(*state[0], **state[1])
         return found
 
-    blocks = blocks_of(transformer)
-    before = {name: vars(block).get("forward") for name, block in blocks.items()}
-    for name, block in blocks.items():
-        block.forward = partial(run_block, name, block.forward)
-    try:
+    names = {block: name for name, block in blocks_of(transformer).items()}
+    with replaced(list(names), lambda block, forward: partial(run_block, names[block], forward)):
         yield run
-    finally:
-        for name, block in blocks.items():
-            del block.forward
-            if before[name]:
-                block.forward = before[name]
 
 
 def add_products(sums: dict, found: dict, targets: dict, weight: float, layers: dict) -> None:
@@ -181,10 +169,9 @@ def mended(transformer, deltas: dict):
         return output + change.to(output)
 
     with contextlib.ExitStack() as hooks:
-        for name, layer in readers(transformer).items():
-            if f"{name}.weight" in deltas:
-                hook = partial(add_change, name=name)
-                hooks.enter_context(layer.register_forward_hook(hook))
+        for name in {name.rpartition(".")[0] for name in deltas}:
+            hook = partial(add_change, name=name)
+            hooks.enter_context(transformer.get_submodule(name).register_forward_hook(hook))
         yield
 
 
@@ -199,9 +186,9 @@ def heal(
 
     transformer, layers = pipe.transformer, readers(pipe.transformer)
     first_seed = NOISE + seed * 2**24
-    kept = states(pipe, retain, draws[1], call, batch, first_seed)
+    kept = states(pipe, [*retain] * draws[1], first_seed, call, batch)
     with gated(transformer, mask):
-        erased = states(pipe, prompts, draws[0], call, batch, first_seed + 2**23)
+        erased = states(pipe, [*prompts] * draws[0], first_seed + 2**23, call, batch)
     every = [*kept, *erased]
     weights = [1.0] * len(kept) + [CONCEPT] * len(erased)
     teacher, student = [{} for _ in every], [{} for _ in every]  # what blocks gave, by state

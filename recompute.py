@@ -28,6 +28,21 @@ def recomputed(forward):
 
 
 @contextlib.contextmanager
+def replaced(modules, wrap):
+    """Inside the `with`, each module's forward is wrap(module, its forward)."""
+    before = [vars(module).get("forward") for module in modules]  # set by compile or offload
+    for module in modules:
+        module.forward = wrap(module, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            if forward:
+                module.forward = forward
+
+
+@contextlib.contextmanager
 def checkpointed(transformer, checkpoint: str):
     """What a backward inside the `with` computes again. Raises ValueError for another mode.
 
@@ -42,15 +57,5 @@ def checkpointed(transformer, checkpoint: str):
     modules = [transformer] if checkpoint in ("step", "both") else []
     if checkpoint in ("block", "both"):
         modules += blocks_of(transformer)
-    before = [
-        vars(module).get("forward") for module in modules
-    ]  # set by compile or offload, put back below
-    for module in modules:
-        module.forward = recomputed(module.forward)
-    try:
+    with replaced(modules, lambda module, forward: recomputed(forward)):
         yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward:
-                module.forward = forward
