@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import artefacts
@@ -164,8 +165,8 @@ def test_saved_and_loaded(pipe, healed, tmp_path):
     artefacts.save_mask(mask_file, mask, base, modules)
     heal.save(file, deltas, base, mask_file)
     loaded = heal.load(file, pipe.transformer, base, mask_file)
-    models_ = [erased(pipe.transformer, mask, d) for d in (deltas, loaded)]
-    assert torch.equal(*(final(pipe, model, UNSEEN, CALL) for model in models_))
+    both = [erased(pipe.transformer, mask, d) for d in (deltas, loaded)]
+    assert torch.equal(*(final(pipe, model, UNSEEN, CALL) for model in both))
 
     with pytest.raises(UserError, match="made for base"):
         heal.load(file, pipe.transformer, "another", mask_file)
@@ -201,8 +202,6 @@ def test_damaged(pipe, healed, tmp_path, damage, message):
     artefacts.save_mask(mask_file, healed[0], "base", ("ffn", "norm"))
     heal.save(file, healed[1], "base", mask_file)
     if damage:
-        from safetensors import safe_open
-
         with safe_open(file, "pt") as f:
             metadata = f.metadata()
         save_file(damage(load_file(file)), file, metadata)
