@@ -205,6 +205,35 @@ def check_whole(model: str, module) -> None:
         raise UserError(f"--model: {model} has no weights for {missing[0]}")
 
 
+def load_whole(kind, name: str, flag: str, **how):
+    """A transformers model from safetensors alone, by its class or an Auto class. Raises UserError
+    for weights that its files lack or have in another shape: those would be drawn at random."""
+    how |= dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    try:
+        module, found = kind.from_pretrained(name, **how)
+    except (*LOADING_ERRORS, RuntimeError) as error:
+        raise UserError(f"{flag}: cannot load {name}: {first_line(error)}") from None
+    part = "/".join(filter(None, (name, how.get("subfolder"))))
+    if found["missing_keys"]:
+        raise UserError(f"{flag}: {part} has no weights for {min(found['missing_keys'])}")
+    if found["mismatched_keys"]:
+        key, stored, wanted = min(found["mismatched_keys"])
+        raise UserError(f"{flag}: {part} has {key} of {tuple(stored)}, not {tuple(wanted)}")
+    return module.eval()
+
+
+def load_text_encoders(model: str, kind: type, dtype) -> dict:
+    """The parts of a pipeline that are models of transformers."""
+    loaded = {}
+    for part, source in kind.load_config(model).items():
+        if isinstance(source, (list, tuple)) and source[0] == "transformers":
+            part_class = getattr(transformers, source[1], None)
+            if inspect.isclass(part_class) and issubclass(part_class, torch.nn.Module):
+                how = dict(subfolder=part, dtype=dtype)
+                loaded[part] = load_whole(part_class, model, "--model", **how)
+    return loaded
+
+
 def stored_bytes(model: str, transformer) -> int:
     """What the transformer takes on disk; of a hub's model, what it would in bf16."""
     files = (Path(model) / "transformer").glob("*.safetensors")
@@ -214,11 +243,11 @@ def stored_bytes(model: str, transformer) -> int:
 def load_pipeline(model: str, device=None, dtype=None):
     """A stock pipeline, frozen, without progress bars, from safetensors alone. Raises UserError."""
     device = device or default_device()
+    dtype = dtype or default_dtype(device)
     kind = pipeline_class(model)
+    encoders = load_text_encoders(model, kind, dtype)
     try:
-        pipe = kind.from_pretrained(
-            model, dtype=dtype or default_dtype(device), use_safetensors=True
-        )
+        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **encoders)
     except LOADING_ERRORS as error:
         raise UserError(f"--model: cannot load {model}: {first_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)

@@ -238,6 +238,59 @@ def test_masks(tmp_path):
         assert all(torch.equal(loaded[site], mask[site]) for site in mask)
 
 
+ATTENTION = "encoder.block.0.layer.0.SelfAttention.q.weight"
+DAMAGED_PARTS = [  # of tiny/flux: the file, one of its weights, what is done to it, the message
+    (
+        "text_encoder/model",
+        "final_layer_norm.bias",
+        None,
+        "text_encoder has no weights for final_layer_norm.bias",
+    ),
+    (
+        "text_encoder_2/model",
+        "shared.weight",
+        None,
+        "text_encoder_2 has no weights for encoder.emb",
+    ),
+    ("text_encoder_2/model", ATTENTION, None, f"has no weights for {ATTENTION}"),
+    ("text_encoder_2/model", ATTENTION, lambda w: w[:5], rf"{ATTENTION} of \(5, 128\), not \(128,"),
+    ("vae/diffusion_pytorch_model", "decoder.conv_in.bias", None, "no weights for decoder.conv_in"),
+    (
+        "vae/diffusion_pytorch_model",
+        "decoder.conv_in.bias",
+        lambda w: w[:5],
+        "cannot load .* shape",
+    ),
+    (
+        "transformer/diffusion_pytorch_model",
+        "x_embedder.bias",
+        None,
+        "no weights for x_embedder.bias",
+    ),
+    (
+        "transformer/diffusion_pytorch_model",
+        "x_embedder.bias",
+        lambda w: w[:5],
+        "cannot load .* shape",
+    ),
+]
+
+
+@pytest.mark.parametrize("file, key, change, message", DAMAGED_PARTS)
+def test_a_model_without_all_its_weights_is_refused(file, key, change, message, tmp_path):
+    """In one line that names the weight, of whatever part; nothing is drawn at random."""
+    shutil.copytree(models.TINY, tmp_path / "flux")
+    path = tmp_path / f"flux/{file}.safetensors"
+    weights = load_file(path)
+    (name,) = (name for name in weights if name.endswith(key))
+    weight = weights.pop(name)
+    if change:
+        weights[name] = change(weight).clone()
+    save_file(weights, path, dict(format="pt"))
+    with pytest.raises(UserError, match=message):
+        models.load_pipeline(str(tmp_path / "flux"), "cpu")
+
+
 @pytest.mark.parametrize("dtype, shard", [(torch.float32, "5GB"), (torch.bfloat16, "20KB")])
 def test_saving_folds_the_stored_files(dtype, shard, tmp_path):
     """The saved folder is the base folded in memory, bit for bit, in the stored dtype, sharded or

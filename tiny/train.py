@@ -241,7 +241,7 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
 
 
 def load_vae(out: Path) -> AutoencoderKL:
-    vae = AutoencoderKL.from_pretrained(out / "flux/vae")
+    vae = AutoencoderKL.from_pretrained(out / "flux/vae", use_safetensors=True)
     vae.register_to_config(_name_or_path="")  # no path of this machine in the saved configuration
     return vae
 
@@ -410,7 +410,7 @@ def damage(x: torch.Tensor, vae, rng: random.Random) -> None:
 def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -> None:
     """SigLIP's sigmoid loss, every picture against every text; trained on drawn pictures only,
     never on generated ones. init: a folder with a judge/ to begin with, or None."""
-    vae = AutoencoderKL.from_pretrained(out / "flux/vae").to(device)
+    vae = AutoencoderKL.from_pretrained(out / "flux/vae", use_safetensors=True).to(device)
     judge = make_judge(len(tokenizer)).to(device)
     named = judge.named_parameters()
     optimizers = Optimizers(named, is_judge_matrix, (2e-3, 2e-3), 0.95, (0.9, 0.98))
@@ -418,7 +418,8 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
     meanings = list(texts.values())
     file = work / "judge.pt"
     if init:
-        judge.load_state_dict(SiglipModel.from_pretrained(init / "judge").state_dict())
+        earlier = SiglipModel.from_pretrained(init / "judge", use_safetensors=True)
+        judge.load_state_dict(earlier.state_dict())
     start = load_progress(
         file, device, optimizers, lambda state: judge.load_state_dict(state["judge"])
     )
@@ -613,7 +614,8 @@ PARTS = ("transformer", "text_encoder", "text_encoder_2")
 def load_flow(folder: Path, pipe) -> None:
     for part in PARTS:
         module = getattr(pipe, part)
-        module.load_state_dict(type(module).from_pretrained(folder / part).state_dict())
+        earlier = type(module).from_pretrained(folder / part, use_safetensors=True)
+        module.load_state_dict(earlier.state_dict())
 
 
 def train_flow(
