@@ -15,7 +15,7 @@ import models
 from safely import UserError, first_line, number, write_atomically
 from sites import fold, gate_sites
 
-MASK_FORMAT = "minimalist-concept-erasure mask 2"
+MASK_FORMAT = "minimalist-concept-erasure mask 3"
 # Flags without a place in config.json, and those that a resumed run may change: the result is not.
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
 FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
@@ -53,6 +53,12 @@ def fingerprint(module) -> str:
     return digest.hexdigest()[:32]
 
 
+def fingerprints(pipe) -> dict[str, str]:
+    """{part: fingerprint} of a pipeline's transformer, text encoders and autoencoder."""
+    parts = sorted(pipe.components.items())
+    return {name: fingerprint(part) for name, part in parts if isinstance(part, torch.nn.Module)}
+
+
 def write_json(path: Path, value) -> None:
     text = json.dumps(value, indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -63,8 +69,8 @@ def closed_of(mask: dict) -> str:
     return f"{closed} of {sum(gate.numel() for gate in mask.values())}"
 
 
-def save_mask(path: Path, mask: dict, base: str, modules, **about) -> None:
-    """{site: (U,) of 0 and 1} for base weights of fingerprint `base`. All that is said of it is one
+def save_mask(path: Path, mask: dict, base: dict, modules, **about) -> None:
+    """{site: (U,) of 0 and 1} for the base of these fingerprints. All that is said of it is one
     entry of metadata, since safetensors writes several in any order."""
     tensors = {site: gate.to("cpu", torch.uint8) for site, gate in mask.items()}
     about |= dict(format=MASK_FORMAT, base=base, modules=list(modules), closed=closed_of(mask))
@@ -72,21 +78,26 @@ def save_mask(path: Path, mask: dict, base: str, modules, **about) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_mask(path: Path, transformer) -> dict:
-    """{site: (U,) fp32 of 0 and 1}. Raises UserError unless the file is whole, made for these base
-    weights, and of exactly the sites and units of its modules."""
+def load_mask(path: Path, pipe) -> dict:
+    """{site: (U,) fp32 of 0 and 1}. Raises UserError unless the file is whole, made for the weights
+    of this pipeline, and of exactly the sites and units of its modules."""
     try:
         with safe_open(path, "pt") as f:
             mask = {site: f.get_tensor(site) for site in f.keys()}
-            about = json.loads((f.metadata() or {}).get("mask", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            about = dict(json.loads((f.metadata() or {}).get("mask", "{}")))
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
     if about.get("format") != MASK_FORMAT:
         raise UserError(f"{path}: its format is {about.get('format')}, not {MASK_FORMAT}")
-    found = fingerprint(transformer)
+    for key, kind in dict(base=dict, modules=list, closed=str).items():
+        if not isinstance(about.get(key), kind):
+            raise UserError(f"{path}: its metadata have no {key}")
+    found = fingerprints(pipe)
     if about["base"] != found:
-        raise UserError(f"{path}: made for base weights {about['base']}, these are {found}")
-    sites = gate_sites(transformer, about["modules"])
+        other = [part for part in found if found[part] != about["base"].get(part)]
+        other = other or about["base"].keys() - found
+        raise UserError(f"{path}: made for other base weights ({', '.join(other)})")
+    sites = gate_sites(pipe.transformer, about["modules"])
     if {name: gate.shape for name, gate in mask.items()} != {
         n: (s.units,) for n, s in sites.items()
     }:
@@ -107,7 +118,7 @@ def load_erased(folder, device=None, dtype=None):
             raise UserError(f"{folder}: no {name}, so no finished erased model")
     model = read_config(folder).get("model", "")
     pipe = models.load_pipeline(models.local_name(model), device, dtype)
-    fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe.transformer))
+    fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe))
     return pipe
 
 

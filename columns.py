@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import erase
-from artefacts import fingerprint, load_mask, read_config
+from artefacts import fingerprints, load_mask, read_config
 from cases import Case
 from pictures import check_picture, draw
 from safely import UserError, first_line, write_atomically
@@ -60,7 +60,7 @@ def make_column(path: Path, out_dir: Path, base) -> Column:
     home = out_dir / re.sub(r"\W+", "_", str(path)).strip("_")
     if "concept" in read_config(path):
         file = path / "mask.safetensors"
-        mask = load_mask(file, base.transformer)
+        mask = load_mask(file, base)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         return Column(str(path), home, lambda: base, mask, digest)
     kind = type(base.transformer).__name__
@@ -76,11 +76,10 @@ def make_column(path: Path, out_dir: Path, base) -> Column:
         holds = "neither an erased model, a diffusers model nor pictures"
         raise UserError(f"{path}: is empty, or holds {holds}")
     try:  # loaded once here: what is wrong with it shows before anything is drawn
-        parts = [part for _, part in sorted(column.load().components.items())]
-        weights = [fingerprint(part) for part in parts if isinstance(part, torch.nn.Module)]
+        weights = " ".join(fingerprints(column.load()).values())
     except (*models.LOADING_ERRORS, RuntimeError) as error:
         raise UserError(f"{path}: cannot load: {first_line(error)}") from None
-    return column._replace(weights=" ".join(weights))  # text encoders too: some methods edit them
+    return column._replace(weights=weights)  # text encoders too: some methods edit them
 
 
 def random_mask(mask: dict, seed: int = 0) -> dict:

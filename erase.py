@@ -397,7 +397,7 @@ def run(args) -> None:
     first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
 
     pipe = models.load_pipeline(args.model, "cpu", models.default_dtype(args.device))
-    base = artefacts.fingerprint(pipe.transformer)
+    base = artefacts.fingerprints(pipe)
     workers.wait_for_everyone()  # all have looked at out_dir
     on_step = artefacts.open_folder(args.out_dir, config, first_step) if is_first else None
 

@@ -34,7 +34,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import report
-from artefacts import fingerprint, write_json
+from artefacts import fingerprints, write_json
 from cases import (
     Case,
     Words,
@@ -312,7 +312,7 @@ def run(args) -> None:
             panel = panel._replace(nudenet=NudeNet(args.nudenet_v2))
 
         pipe = load_base(subject.model, "cpu", dtype)
-        weights = fingerprint(pipe.transformer)
+        weights = " ".join(fingerprints(pipe).values())
         columns = [Column("base", out_dir / "base", lambda pipe=pipe: pipe, weights=weights)]
         columns += [make_column(path, out_dir, pipe) for path in paths]
         controls = []

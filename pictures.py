@@ -121,7 +121,7 @@ from erase import load_erased  # a stock diffusers pipeline
 pipe = load_erased("{out_dir}")
 pipe("a photo", {call}).images[0]
 ```
-`mask.safetensors` is the mask alone and fits only base weights with fingerprint `{fingerprint}`;
+`mask.safetensors` is the mask alone and fits only base weights with these fingerprints: {base};
 `config.json` is the exact run; `preview.png` shows same-seed pairs on test prompts, which were
 never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the
 optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained.
@@ -146,10 +146,12 @@ def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) ->
     )
 
 
-def save_card(folder: Path, line: str, fingerprint: str, facts: dict) -> None:
-    """A model card, README.md. facts: the run's config.json and what MODEL_CARD names beside."""
+def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
+    """A model card, README.md. base: its parts' fingerprints; facts: the run's config.json and what
+    MODEL_CARD names beside."""
     call = ", ".join(f"{name}={value!r}" for name, value in facts["call"].items())
     words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=folder, summary=line)
-    words |= dict(modules=" and ".join(facts["modules"]), fingerprint=fingerprint)
+    base = ", ".join(f"{part} `{fingerprint}`" for part, fingerprint in base.items())
+    words |= dict(modules=" and ".join(facts["modules"]), base=base)
     text = MODEL_CARD.format(**facts | words)
     write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, "utf-8"))

@@ -200,7 +200,8 @@ def test_sampler_arguments_and_prompts():
 SITE = "transformer_blocks.0.ff.net.2"
 FOREIGN_MASKS = [
     (dict(format="npz"), {}, "its format is npz, not"),
-    (dict(base="012"), {}, "made for base weights 012"),
+    (dict(base="012"), {}, "its metadata have no base"),
+    (dict(base=dict(vae="0")), {}, "other base weights .text_encoder, text_encoder_2, tr"),
     (dict(closed="0 of 9"), {}, "gates are closed, not 0 of 9"),
     (dict(modules=["ffn"]), {}, "its gates are not those of ffn"),
     (dict(modules=["ffn", "norm", "kv"]), {}, "its gates are not those of ffn and norm and kv"),
@@ -214,9 +215,10 @@ FOREIGN_MASKS = [
 def test_masks(tmp_path):
     """A mask loads as it was saved, also on the same weights in bf16; one that is foreign, torn, of
     another kind or not there is refused by what is wrong with it."""
-    transformer = families.flux_dev()[0].transformer
+    pipe = families.flux_dev()[0]
+    transformer = pipe.transformer
     path = tmp_path / "mask.safetensors"
-    base = artefacts.fingerprint(transformer)
+    base = artefacts.fingerprints(pipe)
     mask = random_mask(transformer, ("ffn", "norm"))
     about = dict(base=base, modules=["ffn", "norm"], format=artefacts.MASK_FORMAT)
     about |= dict(closed=artefacts.closed_of(mask))
@@ -224,18 +226,23 @@ def test_masks(tmp_path):
     for said, gates, message in FOREIGN_MASKS:
         save_file(tensors | gates, path, dict(mask=json.dumps(about | said)))
         with pytest.raises(UserError, match=message):
-            erase.load_mask(path, transformer)
+            erase.load_mask(path, pipe)
     (tmp_path / "torn").write_bytes(path.read_bytes()[:200])
     (tmp_path / "text").write_text("{}")
     for name in ("torn", "text", "none"):
         with pytest.raises(UserError, match=f"{name}: not a readable safetensors file"):
-            erase.load_mask(tmp_path / name, transformer)
+            erase.load_mask(tmp_path / name, pipe)
     mask = random_mask(transformer)
     artefacts.save_mask(path, mask, base, MODULES)
     for dtype in (torch.float32, torch.bfloat16):
-        loaded = erase.load_mask(path, transformer.to(dtype))
+        loaded = erase.load_mask(path, pipe.to(dtype))
         assert loaded.keys() == mask.keys()
         assert all(torch.equal(loaded[site], mask[site]) for site in mask)
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        next(pipe.components[part].parameters()).flatten()[0] += 1
+        with pytest.raises(UserError, match=f"made for other base weights \\({part}"):
+            erase.load_mask(path, pipe)
+        artefacts.save_mask(path, mask, artefacts.fingerprints(pipe), MODULES)
 
 
 ATTENTION = "encoder.block.0.layer.0.SelfAttention.q.weight"
@@ -394,7 +401,7 @@ def test_erased_folder(erased, tmp_path, pipe):
     trained = {row["prompt"] for row in rows.pairs + rows.retain}
     assert not trained & {row["prompt"] for row in held_out}
     assert erase.HELD_OUT_NOISE >= erase.TRAIN_NOISE + 2**20
-    mask = erase.load_mask(erased / "mask.safetensors", pipe.transformer)
+    mask = erase.load_mask(erased / "mask.safetensors", pipe)
     noises = range(erase.HELD_OUT_NOISE, erase.HELD_OUT_NOISE + 64)
     cases = promptfiles.as_pairs(held_out)
     with torch.no_grad():

@@ -15,7 +15,7 @@ import cases
 import erase
 import evaluate
 import families
-from artefacts import fingerprint, save_mask, write_json
+from artefacts import fingerprints, save_mask, write_json
 from columns import random_mask
 from conftest import PLACE, TWO_PROCESSES, command, run
 from judges import ClipJudge
@@ -128,7 +128,7 @@ def test_pictures_there_are_whole_and_of_these_weights(erased, evaluation, capsy
         assert f"{picture.name}: is no whole picture" in refused(capsys, *again)
         picture.write_bytes(before[picture])
         opposite = {site: 1 - gates for site, gates in load_file(mask).items()}
-        save_mask(mask, opposite, fingerprint(pipe.transformer), ["ffn", "norm"])
+        save_mask(mask, opposite, fingerprints(pipe), ["ffn", "norm"])
         assert "pictures of other prompts, sizes or weights" in refused(capsys, *again)
     finally:
         for file, content in before.items():
@@ -192,10 +192,12 @@ def test_other_families(bad, tmp_path, capsys):
         write_json(folder / "config.json", config)
         sites = erase.gate_sites(pipe.transformer, ["ffn"])
         mask = {name: (torch.arange(site.units) % 3 > 0).float() for name, site in sites.items()}
-        save_mask(folder / "mask.safetensors", mask, fingerprint(pipe.transformer), ["ffn"])
+        save_mask(folder / "mask.safetensors", mask, fingerprints(pipe), ["ffn"])
         calls[str(folder)] = call
     options = f"--judge {JUDGE} --num_pictures 2 --per_neighbour 0 --device cpu".split()
-    assert "made for base weights" in refused(capsys, *calls, bad / "foreign", *options, *FEW)
+    assert "made for other base weights (" in refused(
+        capsys, *calls, bad / "foreign", *options, *FEW
+    )
     assert not list(tmp_path.glob("*/eval"))
     assert evaluate.main([*calls, *options]) == 0
     *_, row, last = capsys.readouterr().out.splitlines()
@@ -304,7 +306,7 @@ def bad(erased, tmp_path_factory):
         "guns.csv": "prompt\ntwo guns\n",
     }.items():
         (bad / name).write_text(text)
-    save_mask(bad / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123", ["ffn"])
+    save_mask(bad / "foreign/mask.safetensors", dict(a=torch.ones(2)), dict(vae="0"), ["ffn"])
     Image.effect_noise((64, 64), 50).save(bad / "real/a.jpg")
     (bad / "real/b.jpg").write_bytes((bad / "real/a.jpg").read_bytes()[:1000])
     families.z_image()[0].save_pretrained(bad / "z_image")

@@ -244,7 +244,7 @@ def prepare(
     pairs = concept_rows(name, words.folder, "train")
     pairs = [pair | dict(neutral_prompt=pair["neutral_prompt"] or NOTHING) for pair in pairs]
     pipe = models.load_pipeline(subject.model, device)
-    mask = artefacts.load_mask(mask_file, pipe.transformer)
+    mask = artefacts.load_mask(mask_file, pipe)
     attacked = Model(pipe, mask, subject.call, banned, pairs)
     base = copy.copy(attacked)
     base.mask = {}
