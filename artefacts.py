@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import models
+import promptfiles
 from safely import UserError, first_line, number, write_atomically
-from sites import fold, gate_sites
+from sites import MODULES, fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 3"
 # Flags without a place in config.json, and those that a resumed run may change: the result is not.
@@ -116,8 +117,8 @@ def load_erased(folder, device=None, dtype=None):
     for name in ("config.json", "mask.safetensors"):  # the mask is written last
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}, so no finished erased model")
-    model = read_config(folder).get("model", "")
-    pipe = models.load_pipeline(models.local_name(model), device, dtype)
+    model = models.local_name(erased_config(folder)["model"])
+    pipe = models.load_pipeline(model, device, dtype)
     fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe))
     return pipe
 
@@ -210,6 +211,28 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{file}: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: is not a JSON object")
+    return config
+
+
+def erased_config(folder: Path) -> dict:
+    """config.json of a folder that erase.py wrote, {} for any other. Raises UserError, which names
+    the key, for one that erase.py does not write."""
+    config = read_config(folder)
+    if "concept" not in config and not (folder / "mask.safetensors").is_file():
+        return {}
+    where = f"{folder / 'config.json'}:"
+    concepts, modules, model = map(config.get, ("concept", "modules", "model"))
+    for key, found in dict(concept=concepts, modules=modules).items():
+        if not isinstance(found, list) or not found:
+            raise UserError(f"{where} {key} is not a list of names")
+    for name in concepts:
+        promptfiles.check_concept(name, f"{where} concept")
+    for name in modules:
+        if name not in MODULES:
+            raise UserError(f"{where} modules: {name!r} is none of {', '.join(MODULES)}")
+    if not isinstance(model, str) or not model.strip() or not model.isprintable():
+        raise UserError(f"{where} model is {model!r}")
+    models.check_call(config.get("call"), f"{where} call")
     return config
 
 

@@ -11,7 +11,7 @@ import models  # first: it keeps transformers quiet
 # isort: split
 from diffusers import FluxPipeline
 
-from artefacts import read_config
+from artefacts import erased_config
 from promptfiles import (
     concept_pairs,
     cycle,
@@ -42,7 +42,7 @@ def read_subject(paths: list[Path], concept, model, flags: dict) -> Subject:
     models.CALL_FLAGS, None where not given. Raises UserError."""
     config = {}
     for path in paths:
-        found = read_config(path)
+        found = erased_config(path)
         if "concept" in found and not (path / "mask.safetensors").is_file():
             raise UserError(f"{path}: no mask.safetensors, so no finished erased model")
         if "concept" in found and not config:

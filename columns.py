@@ -15,11 +15,12 @@ import models  # first: it keeps transformers quiet
 # isort: split
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import erase
-from artefacts import fingerprints, load_mask, read_config
+from artefacts import erased_config, fingerprints, load_mask, read_config
 from cases import Case
 from pictures import check_picture, draw
 from safely import UserError, first_line, write_atomically
@@ -58,7 +59,7 @@ def make_column(path: Path, out_dir: Path, base) -> Column:
     """The column of an erased folder of ours, a diffusers pipeline or transformer folder, or a
     folder of pictures. base: the base's pipeline. Raises UserError."""
     home = out_dir / re.sub(r"\W+", "_", str(path)).strip("_")
-    if "concept" in read_config(path):
+    if erased_config(path):
         file = path / "mask.safetensors"
         mask = load_mask(file, base)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -91,13 +92,27 @@ def random_mask(mask: dict, seed: int = 0) -> dict:
     return shuffled
 
 
+def load_logits(file: Path, gates: int) -> torch.Tensor:
+    """(G,) as training left them. Raises UserError."""
+    try:
+        logits = load_file(file)["logits"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{file}: is damaged ({first_line(error)})") from None
+    if logits.shape != (gates,) or not logits.isfinite().all():
+        raise UserError(f"{file}: is damaged (not {gates} finite logits)")
+    return logits
+
+
 def soft_gates(folder: Path, transformer) -> dict:
     """The relaxed gates as training left them, neither thresholded nor folded."""
-    config = read_config(folder)
-    logits = load_file(folder / "state.safetensors")["logits"]
-    threshold = erase.closing_threshold(logits, config["max_closed"])
-    gates = erase.relax(logits, config["gate"], threshold)
-    return erase.split(gates, erase.gate_sites(transformer, config["modules"]))
+    config = erased_config(folder)
+    gate, most = config.get("gate"), config.get("max_closed")
+    if gate not in erase.START or type(most) not in (int, float) or not 0 <= most <= 1:
+        raise UserError(f"{folder / 'config.json'}: gate is {gate!r}, max_closed {most!r}")
+    sites = erase.gate_sites(transformer, config["modules"])
+    logits = load_logits(folder / "state.safetensors", sum(site.units for site in sites.values()))
+    gates = erase.relax(logits, gate, erase.closing_threshold(logits, most))
+    return erase.split(gates, sites)
 
 
 def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], str]:

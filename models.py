@@ -1,5 +1,6 @@
 """A hub id or a folder in, a stock diffusers text-to-image pipeline out."""
 
+import argparse
 import contextlib
 import inspect
 import re
@@ -173,6 +174,23 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
         if flag not in call:
             raise UserError(f"--{flag}: needed, for {model} is not in models.py's table")
     return call
+
+
+def check_call(call, where: str) -> None:
+    """Raises UserError, which begins with `where`, unless it is a dict of CALL_FLAGS as the command
+    line takes them."""
+    if not isinstance(call, dict):
+        raise UserError(f"{where} is not a JSON object")
+    for flag, value in call.items():
+        kind = CALL_FLAGS.get(flag)
+        if kind is None:
+            raise UserError(f"{where} has {flag!r}, which is no flag of the sampler")
+        if type(value) not in ((str,) if kind is str else (int, float)):
+            raise UserError(f"{where}: {flag} is {value!r}")
+        try:
+            kind(str(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"{where}: {flag}: {error}") from None
 
 
 def inspect_model(model: str, **flags) -> tuple:

@@ -90,6 +90,16 @@ def bare(concept: str) -> str:
     return re.sub(r"^(an?|the|some)\s+", "", words, flags=re.I)
 
 
+def check_concept(name, where: str = "--concept") -> None:
+    """Raises UserError, which begins with `where`, unless it is words: no path, no list."""
+    if not isinstance(name, str) or not bare(name):
+        raise UserError(f"{where}: is empty")
+    if "," in name:
+        raise UserError(f"{where}: {name!r} has a comma; several concepts stand apart by blanks")
+    if re.search(r"[/\\]", name) or not name.isprintable():
+        raise UserError(f"{where}: {name!r} has a slash, or a character that is not printed")
+
+
 def mentions(concept: str, text: str) -> bool:
     """Whether the concept's words occur in the text as whole words, plural or not."""
     return bool(re.search(rf"\b{re.escape(bare(concept))}(e?s)?\b", text, re.I))
@@ -160,12 +170,7 @@ def training_rows(
     """The rows that these FLAGS ask for; where a file has no test rows, training rows stand in for
     them. Raises UserError."""
     for name in concept:
-        if not bare(name):
-            raise UserError("--concept: is empty")
-        if "," in name:
-            raise UserError(
-                f"--concept: {name!r} has a comma; several concepts stand apart by blanks"
-            )
+        check_concept(name)
     if neutral is not None and prompts:
         raise UserError("--neutral: goes with template prompts, not with --prompts")
     if neutral and neutral != neutral.strip():
@@ -309,9 +314,8 @@ def read_vocabulary(path: Path, concepts: list[str]) -> tuple[list[str], dict]:
     spelled = []
     vocabulary = {}
     for concept in concepts:
+        check_concept(concept)
         name = concept.replace("_", " ")
-        if not name.strip():
-            raise UserError("--concept: is empty")
         if name.lower() in words:
             name = name.lower()
         spelled.append(name)

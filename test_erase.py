@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import artefacts
+import cases
 import erase
 import families
 import models
@@ -272,6 +273,39 @@ def test_a_model_without_all_its_weights_is_refused(part, key, rows, message, tm
         models.load_pipeline(str(tmp_path / "flux"), "cpu")
 
 
+FOREIGN_CONFIGS = [
+    (dict(concept="gun"), "concept is not a list of names"),
+    (dict(concept=[]), "concept is not a list of names"),
+    (dict(concept=["gun", ""]), "concept: is empty"),
+    (dict(concept=[3]), "concept: is empty"),
+    (dict(concept=["../../etc/passwd"]), "concept: '../../etc/passwd' has a slash"),
+    (dict(concept=["a\0"]), r"concept: 'a\\x00' has a slash, or a character"),
+    (dict(modules=["ffn", "all"]), "modules: 'all' is none of ffn, norm, kv"),
+    (dict(modules="ffn"), "modules is not a list of names"),
+    (dict(model=None), "model is None"),
+    (dict(model="a\0b"), "model is 'a"),
+    (dict(call=[]), "call is not a JSON object"),
+    (dict(call=CALL | dict(seed=1)), "call has 'seed', which is no flag of the sampler"),
+    (dict(call=CALL | dict(width=60)), "call: width: must be at least 16 and a multiple of 16"),
+    (dict(call=CALL | dict(width="64")), "call: width is '64'"),
+    (dict(call=CALL | dict(guidance_scale=math.nan)), "call: guidance_scale: must be at least 0"),
+    (dict(call=CALL | dict(num_inference_steps=True)), "call: num_inference_steps is True"),
+    (dict(call=CALL | dict(negative_prompt=1)), "call: negative_prompt is 1"),
+]
+
+
+@pytest.mark.parametrize("changes, message", FOREIGN_CONFIGS)
+def test_foreign_configurations_are_refused(changes, message, tmp_path, monkeypatch):
+    """By file and key, before a weight is loaded, when an erased folder is loaded or scored."""
+    monkeypatch.setattr(models, "load_pipeline", None)
+    good = dict(concept=["gun"], modules=["ffn"], model="tiny/flux", call=CALL)
+    (tmp_path / "config.json").write_text(json.dumps(good | changes))
+    (tmp_path / "mask.safetensors").write_text("")
+    for load in (erase.load_erased, lambda folder: cases.read_subject([folder], None, None, {})):
+        with pytest.raises(UserError, match=f"config.json: {message}"):
+            load(tmp_path)
+
+
 @pytest.mark.parametrize("dtype, shard", [(torch.float32, "5GB"), (torch.bfloat16, "20KB")])
 def test_saving_folds_the_stored_files(dtype, shard, tmp_path):
     """The saved folder is the base folded in memory, bit for bit, in the stored dtype, sharded or
@@ -516,6 +550,7 @@ BAD = [
     ("--device tpu", "--device: tpu: "),
     ("--concept ' '", "--concept: is empty"),
     ("--concept 'gun, knife'", "'gun, knife' has a comma"),
+    ("--concept ../gun", "--concept: '../gun' has a slash"),
     ("--neutral 'a toy gun'", "--neutral: 'a toy gun' contains the concept"),
     ("--neutral x --prompts prompts/tiny/gun.csv", "--neutral: goes with template prompts"),
     ("--model prompts", "--model: prompts is not a diffusers pipeline: "),

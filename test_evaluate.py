@@ -188,7 +188,7 @@ def test_other_families(bad, tmp_path, capsys):
         call |= dict(height=32, width=32, num_inference_steps=2)
         folder = tmp_path / family.__name__
         pipe.save_pretrained(folder / "model")
-        config = dict(concept=["gun"], model=f"{folder}/model", call=call)
+        config = dict(concept=["gun"], model=f"{folder}/model", call=call, modules=["ffn"])
         write_json(folder / "config.json", config)
         sites = erase.gate_sites(pipe.transformer, ["ffn"])
         mask = {name: (torch.arange(site.units) % 3 > 0).float() for name, site in sites.items()}
