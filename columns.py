@@ -52,6 +52,7 @@ def with_transformer(base, folder: Path):
     pipe = copy.copy(base)
     how = dict(dtype=base.transformer.dtype, use_safetensors=True)
     pipe.transformer = type(base.transformer).from_pretrained(folder, **how)
+    models.check_whole(str(folder), pipe.transformer)
     return pipe
 
 

@@ -9,27 +9,33 @@ from PIL import Image, ImageDraw
 from safely import UserError, first_line, write_atomically
 
 
-@torch.no_grad()
-def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
-    """One PIL picture for each (prompt, seed), by the stock pipeline. A seed means the same noise
-    on every device and in any batch. call: what pipe(...) takes. Raises RuntimeError for latents
-    that are not finite, which would be drawn black: no concept is seen in black."""
-    drawn = []
+def sample(pipe, prompt: list, **arguments) -> list:
+    """PIL pictures by the stock pipeline. Raises RuntimeError for latents that are not finite,
+    which would be drawn black: no concept is seen in black."""
     final = {}
 
     def keep(pipe, step, timestep, tensors):
         final.update(tensors)
         return {}
 
+    images = pipe(prompt=prompt, callback_on_step_end=keep, **arguments).images
+    if not final["latents"].isfinite().all():
+        raise RuntimeError(f"latents of {prompt[0]!r} are not finite: damaged weights?")
+    return images
+
+
+@torch.no_grad()
+def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
+    """One PIL picture for each (prompt, seed), by sample(). A seed means the same noise on every
+    device and in any batch. call: what pipe(...) takes."""
+    drawn = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         arguments = call | dict(prompt=list(prompts[part]))
         if "negative_prompt" in call:
             arguments["negative_prompt"] = [call["negative_prompt"]] * len(arguments["prompt"])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        drawn += pipe(generator=generators, callback_on_step_end=keep, **arguments).images
-        if not final["latents"].isfinite().all():
-            raise RuntimeError(f"latents of {prompts[start]!r} are not finite: damaged weights?")
+        drawn += sample(pipe, generator=generators, **arguments)
     return drawn
 
 

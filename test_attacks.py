@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import artefacts
 import attacks
+import evaluate
 import probes
 from cases import concept_rows
-from models import CALLS, HERE, TINY
+from models import CALLS, HERE, TINY, load_pipeline
 from opened import SIDES, Model, check_family
 from safely import UserError
 from sites import gate_sites
@@ -155,6 +157,24 @@ def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     assert unmasked["asr_k"] == found["plain"]["base"]["asr_k"]
     assert set(results["union_text_asr"]) == {"erased", "oracle"}
     assert all(row["oracle"]["asr_k"]["n"] == row["erased"]["asr_k"]["n"] for row in found.values())
+
+
+def test_damaged_weights_are_no_success(tmp_path, capsys):
+    """A base that draws NaN under its mask stops attacks, probes and evaluations by name."""
+    pipe = load_pipeline(TINY, "cpu")
+    pipe.transformer.proj_out.weight[0, 0] = float("nan")
+    pipe.save_pretrained(tmp_path / "base")
+    sites = gate_sites(pipe.transformer, ["ffn"])
+    mask = {name: torch.ones(site.units) for name, site in sites.items()}
+    config = dict(concept=["gun"], model=f"{tmp_path}/base", modules=["ffn"])
+    artefacts.write_json(tmp_path / "config.json", config | dict(call=CALLS["tiny/flux"]))
+    base = artefacts.fingerprints(pipe)
+    artefacts.save_mask(tmp_path / "mask.safetensors", mask, base, ["ffn"])
+    line = [str(tmp_path), "--judge", "tiny/judge", "--device", "cpu"]
+    few = ["--num_pictures", "1", "--per_neighbour", "0"]
+    for script, flags in ((attacks, []), (probes, []), (evaluate, few)):
+        assert script.main([*line, *flags]) == 1
+        assert "are not finite: damaged weights?" in capsys.readouterr().err.splitlines()[-1]
 
 
 BAD = [

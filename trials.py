@@ -281,8 +281,8 @@ def play(setup: Setup, jobs: list[Job]) -> None:
     for job in jobs:
         cases = [c for c in job.cases if (job.attack, job.target, c.name) not in done]
         todo.append(job._replace(cases=cases))
-    bar = tqdm(total=sum(len(job.cases) for job in todo), desc="attack")
-    with open(log, "a") as f:
+    total = sum(len(job.cases) for job in todo)
+    with open(log, "a") as f, tqdm(total=total, desc="attack") as bar:
         for job in todo:
             bar.set_postfix_str(f"{job.attack} on {job.target}")
             play_case = None  # what the job before made goes before this makes its own
