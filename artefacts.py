@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import models
 import promptfiles
-from safely import UserError, first_line, number, write_atomically
+from safely import UserError, claim, first_line, number, visible, write_atomically
 from sites import MODULES, fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 3"
@@ -127,8 +127,7 @@ def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
     """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
     fold(transformer, mask)
-    for leftover in (folder, folder.with_name(folder.name + ".tmp")):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     write_atomically(folder, transformer.save_pretrained)
 
 
@@ -158,16 +157,18 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
 
 
 def read_metrics(folder: Path, rows: int | None = None) -> list[dict]:
-    """The first rows of metrics.jsonl, without what a kill left of a last one."""
+    """The first rows of metrics.jsonl, without what a kill left of a last one. Raises UserError."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def open_folder(folder: Path, config: dict, step: int):
     """Begins a run, or goes on with one from `step`: metrics of later steps are dropped. Returns a
     function for train's on_step: a line of metrics.jsonl a step, the state now and then."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder, step))
     write_atomically(folder / "metrics.jsonl", lambda temporary: temporary.write_text(kept))
@@ -186,7 +187,7 @@ def open_folder(folder: Path, config: dict, step: int):
 
 
 def listing(folder: Path) -> str:
-    return " ".join(sorted(path.name for path in folder.iterdir()))
+    return " ".join(path.name for path in visible(folder))
 
 
 def run_config(flags: dict, call: dict) -> dict:
@@ -200,18 +201,21 @@ def run_config(flags: dict, call: dict) -> dict:
     return config | dict(versions=versions)
 
 
-def read_config(folder: Path) -> dict:
-    """Its config.json, {} if there is none. Raises UserError."""
-    file = folder / "config.json"
+def read_json(file: Path) -> dict:
+    """{} if there is no such file. Raises UserError."""
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{file}: is not a JSON object")
-    return config
+    return found
+
+
+def read_config(folder: Path) -> dict:
+    return read_json(folder / "config.json")
 
 
 def erased_config(folder: Path) -> dict:
@@ -238,13 +242,14 @@ def erased_config(folder: Path) -> dict:
 
 def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: int) -> None:
     """Raises UserError unless out_dir is new or empty, or, to resume, holds an unfinished run of
-    the same command; and unless the disk has room for what it writes, in bytes."""
+    the same command; and unless the disk has room for what it writes, in bytes. Then claims it."""
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir: {out_dir} is a file")
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not resume:
+    is_begun = out_dir.is_dir() and visible(out_dir)
+    if is_begun and not resume:
         advice = "choose another folder, or --resume its run"
         raise UserError(f"--out_dir: {out_dir} is not empty; {advice}")
-    if resume:
+    if resume and (is_begun or not out_dir.is_dir()):  # empty: killed before it wrote anything
         before = read_config(out_dir)
         if not before:
             raise UserError(f"--resume: no run to go on with in {out_dir} (no config.json)")
@@ -254,6 +259,7 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: in
                 raise UserError(f"--resume: --{flag} {found}; repeat the same command")
         if (out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {out_dir} is finished")
+    claim(out_dir)
     needed = 2**26 + (transformer_size if config["save"] == "full" else 0)
     home = next(p for p in (out_dir.absolute(), *out_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(home).free

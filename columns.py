@@ -3,7 +3,6 @@ out. A picture is drawn once and kept."""
 
 import copy
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import erase
-from artefacts import erased_config, fingerprints, load_mask, read_config
+from artefacts import erased_config, fingerprints, load_mask, read_config, read_json, write_json
 from cases import Case
 from pictures import check_picture, draw
-from safely import UserError, first_line, write_atomically
+from safely import UserError, check_link, first_line, remove_leftovers, write_atomically
 
 
 class Column(NamedTuple):
@@ -63,8 +62,7 @@ def make_column(path: Path, out_dir: Path, base) -> Column:
     if erased_config(path):
         file = path / "mask.safetensors"
         mask = load_mask(file, base)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        return Column(str(path), home, lambda: base, mask, digest)
+        return Column(str(path), home, lambda: base, mask, digest(file))
     kind = type(base.transformer).__name__
     folders = [path, path / "transformer"]
     folders = [folder for folder in folders if read_config(folder).get("_class_name") == kind]
@@ -150,15 +148,33 @@ def check_columns(columns: list[Column], cases: list[Case], listings: dict, size
     if len(set(names)) < len(names) or len({column.folder for column in columns}) < len(names):
         raise UserError(f"--compare: two columns of the same name: {', '.join(names)}")
     for column in columns:
-        file = column.folder / "cases.json"
+        files = column.files(cases)
+        homes = {column.folder, *(file.parent for file in files)}
+        for path in (*homes, *files) if column.load else ():
+            check_link(path)
+            remove_leftovers(path)
         if column.load and any(column.folder.glob("*/*.png")):
-            if not file.is_file() or json.loads(file.read_text()) != listings[column.name]:
+            if read_json(column.folder / "cases.json") != listings[column.name]:
                 found = f"{column.folder} holds pictures of other prompts, sizes or weights"
                 raise UserError(f"--out_dir: {found}; delete it or choose another folder")
     for column in columns:
-        for file in column.files(cases):
+        known = read_json(column.folder / "pictures.json") if column.load else {}
+        for case, file in zip(cases, column.files(cases), strict=True):
             if not column.load or file.exists():
                 check_picture(file, size)
+                if case.file in known and known[case.file] != digest(file):
+                    raise UserError(f"{file}: was changed since it was drawn; delete it")
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def write_digests(column: Column, cases: list[Case]) -> None:
+    """Of the pictures that it drew, by which check_columns() knows them again."""
+    files = zip(cases, column.files(cases), strict=True)
+    known = {case.file: digest(file) for case, file in files}
+    write_json(column.folder / "pictures.json", known)
 
 
 def my_batches(cases: list[Case], size: int) -> list[list[Case]]:

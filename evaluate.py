@@ -18,6 +18,7 @@ report.py what became of it.
 """
 
 import csv
+import io
 import json
 import shlex
 import sys
@@ -52,12 +53,22 @@ from columns import (
     draw_missing,
     make_column,
     make_controls,
+    write_digests,
 )
 from judges import NudeNet
 from panel import AT_ONCE, CLIP, LLAVA, Panel, check_fid, judged, likeness, load_panel
 from pictures import draw
 from promptfiles import COLUMNS, drop_minors
-from safely import Parser, UserError, exit_code, number
+from safely import (
+    Parser,
+    UserError,
+    check_link,
+    claim,
+    exit_code,
+    number,
+    visible,
+    write_atomically,
+)
 
 load_base = cache(models.load_pipeline)  # one for all folders
 
@@ -116,11 +127,12 @@ def write_pairs(file: Path, source, words: Words, panel: Panel, pipe, **how) -> 
     if not kept:
         raise UserError("--filter: no pair passes")
     columns = (*COLUMNS, "background_gap")
-    with open(file, "x", newline="", encoding="utf-8") as f:
-        form = dict(restval="", extrasaction="ignore", lineterminator="\n")
-        writer = csv.DictWriter(f, columns, **form)
-        writer.writeheader()
-        writer.writerows(kept + rows["test"])
+    form = dict(restval="", extrasaction="ignore", lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, **form)
+    writer.writeheader()
+    writer.writerows(kept + rows["test"])
+    write_atomically(file, lambda path: path.write_text(text.getvalue(), "utf-8"))
 
 
 class Evaluation(NamedTuple):
@@ -164,6 +176,9 @@ def measure(evaluation: Evaluation, device) -> dict | None:
             write_json(column.folder / "cases.json", evaluation.listings[column.name])
     for column in columns:
         draw_missing(column, cases, evaluation.call, evaluation.batch, device)
+    for column in columns:
+        if column.load and workers.is_main_process:
+            write_digests(column, cases)
     vars(base.load()).pop("encode_prompt", None)  # with the prompts that it remembers
     drawn = time.time()
 
@@ -256,7 +271,7 @@ def parse_args(argv=None):
     for path in folders:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
-    if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
+    if args.real and not (args.real.is_dir() and visible(args.real)):
         raise UserError(f"--real: {args.real} is no folder of pictures")
     if args.where and not args.prompts:
         raise UserError("--where: goes with --prompts")
@@ -299,13 +314,16 @@ def run(args) -> None:
         is_tiny = models.is_embedded(subject.model)
         batch = args.batch or (32 if is_tiny else 4)
         out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else paths[0] / "eval")
+        if not args.out_dir:
+            check_link(out_dir)
         check_writable(out_dir)
+        claim(out_dir)
         words = read_words(subject)
         panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
         wanted = flags("num_pictures", "per_neighbour", "prompts", "retain", "where")
         cases, minors = make_cases(words, panel.clip, **wanted)
         by_number = "inception" if args.num_pictures > 2048 else "none"
-        real = sorted(args.real.iterdir()) if args.real else []
+        real = visible(args.real) if args.real else []
         panel = panel._replace(fid=args.fid or ("judge" if is_tiny else by_number), real=real)
         check_fid(panel, args.num_pictures)
         if args.nudenet or args.nudenet_v2 or "nudity" in words.concepts:

@@ -1,11 +1,19 @@
 """Bad input ends in one line and exit code 2; a killed run leaves every file whole."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: without locks
+    fcntl = None
 
 # No word about the absent torchvision, which nothing here needs; transformers reads it on import.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -37,6 +45,7 @@ def exit_code(script: str, run) -> int:
         print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
         return 1
     finally:
+        release()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # else a process may be aborted as the others end
     return 0
@@ -73,11 +82,68 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
 def write_atomically(path: Path, write) -> None:
     """write(temporary path), then rename: a killed run leaves either the old file or the new.
     Files get the mode that the user's umask gives, where safetensors would keep them private."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
     umask = os.umask(0)
     os.umask(umask)
-    for file in (temporary, *temporary.rglob("*")):
-        if file.is_file():
-            file.chmod(0o666 & ~umask)
-    temporary.replace(path)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as home:
+        temporary = Path(home) / path.name
+        write(temporary)
+        for file in (temporary, *temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(0o666 & ~umask)
+        temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------- output folders
+UNFINISHED = ".unfinished_"  # write_atomically's folders are named so
+claimed = []  # [(folder, the file descriptor of its lock, whether it was made for this run)]
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, but for hidden files such as locks."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def check_link(path: Path) -> None:
+    """Raises UserError for a link, which would lead out of an output folder."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link; nothing is written through one")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What killed runs were writing there."""
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def claim(folder: Path) -> None:
+    """Makes an output folder this run's alone until release(). Of several processes the first does
+    it for all. Raises UserError."""
+    is_other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    if is_other or any(folder.resolve() == ours for ours, _, _ in claimed):
+        return
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            check_link(path)
+        if fcntl:
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            claimed.append((folder.resolve(), lock, is_new))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process
+    except BlockingIOError:
+        os.close(claimed.pop()[1])
+        raise UserError(f"--out_dir: another process is writing to {folder}") from None
+    except OSError as error:
+        raise UserError(f"--out_dir: cannot write to {folder}: {first_line(error)}") from None
+    remove_leftovers(folder)
+
+
+def release() -> None:
+    """Ends all claims; a folder in which nothing was written goes."""
+    while claimed:
+        folder, lock, is_new = claimed.pop()
+        with contextlib.suppress(OSError):
+            if is_new and os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
+        os.close(lock)

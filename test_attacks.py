@@ -15,7 +15,7 @@ import probes
 from cases import concept_rows
 from models import CALLS, HERE, TINY, load_pipeline
 from opened import SIDES, Model, check_family
-from safely import UserError
+from safely import UserError, visible
 from sites import gate_sites
 from trials import UNION, Setup
 
@@ -147,7 +147,7 @@ def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     text = log.read_text()
     log.write_text(text[: text.rindex("}}")])  # as a kill may leave the last line
     assert results_of(probes) == results and log.read_text() == text
-    files = {path.name for path in tmp_path.iterdir()}
+    files = {path.name for path in visible(tmp_path)}
     assert files == {"attacks.jsonl", "results.json", "report.md", "attacks.png"}
 
     both = results["attacks"]

@@ -22,6 +22,7 @@ from judges import ClipJudge
 from models import HERE, TINY, remember_prompts
 from pictures import draw
 from promptfiles import COLUMNS, of_split, read_rows
+from safely import UNFINISHED
 from test_judges import JUDGE, save_small
 
 FEW = "--num_pictures 10 --per_neighbour 1 --fid none --device cpu".split()
@@ -99,7 +100,9 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation, tmp_path
         before[file] = file.read_bytes(), file.stat().st_mtime_ns
     lost = min((out_dir / "base/concept").glob("*.png"))
     lost.unlink()
-    lost.with_name(f"{lost.name}.tmp").write_bytes(before[lost][0][:100])  # what a kill leaves
+    leftover = lost.with_name(f"{UNFINISHED}x")  # of a killed run
+    leftover.mkdir()
+    (leftover / lost.name).write_bytes(before[lost][0][:100])
     killed = tmp_path / "killed"
     line = command("evaluate.py", erased, "--controls", *FEW, "--out_dir", killed)
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, **PLACE)
@@ -111,6 +114,7 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation, tmp_path
     assert not (killed / "results.json").exists()
     for folder, launch in ((out_dir, ()), (killed, ()), (tmp_path / "two", TWO_PROCESSES)):
         assert score(erased, "--controls", out_dir=folder, launch=launch) == results
+    assert not leftover.exists()
     for file, (content, written) in before.items():
         assert file.read_bytes() == (killed / file.relative_to(out_dir)).read_bytes() == content
         assert file == lost or file.stat().st_mtime_ns == written

@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -28,7 +28,7 @@ from opened import COSTS, Model, check_family, spent
 from panel import load_panel
 from pictures import save_preview
 from report import layout
-from safely import Parser, UserError, number, write_atomically
+from safely import Parser, UserError, check_link, claim, first_line, number, write_atomically
 
 PROMPTS = dict(quick=6, full=20)  # prompts attacked, by --budget
 SEEDS = 4  # noises on which a string is judged
@@ -39,6 +39,7 @@ UNION = ("plain", "seeds", "synonyms", "split", "knobs")
 UNION += ("ring_a_bell", "mma", "p4d", "unlearn_diff")
 FLAGS = ("concept", "budget", "num_prompts", "oracle", "judge", "threshold", "seed", "out_dir")
 FLAGS += ("device",)
+RECORD = {"attack", "target", "case", "prompt", "shots", "scores", "spent", "about"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,6 @@ class Setup:
     judge: Callable
     question: str  # what the judge is asked of each picture
     models: dict  # {"erased", "base" and, if there is one, "oracle": Model}
-    found: dict = field(default_factory=dict)  # searched strings, some good for several models
 
     @property
     def others(self) -> list[str]:
@@ -128,7 +128,9 @@ def parse(parser: Parser, argv, folder: str):
     for flag in ("judge", "prompts", "where"):
         if vars(args).get(flag) == "":  # an unset variable of the shell, not a wish for the default
             raise UserError(f"--{flag}: is empty")
-    args.out_dir = args.out_dir or args.erased / folder
+    if not args.out_dir:
+        args.out_dir = args.erased / folder
+        check_link(args.out_dir)
     return args
 
 
@@ -175,7 +177,13 @@ def read_log(out_dir: Path, about: dict) -> list[dict]:
     """What is there, without what a killed run left of a last line. Raises UserError."""
     log = out_dir / "attacks.jsonl"
     whole = log.read_text().rpartition("\n")[0] if log.is_file() else ""
-    records = [json.loads(line) for line in whole.splitlines()]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        keys = {key for record in records for key in RECORD - record.keys()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--out_dir: {log} is damaged ({first_line(error)})") from None
+    if keys:
+        raise UserError(f"--out_dir: {log} is damaged (a row has no {min(keys)})")
     for record in records:
         for key, value in about.items():
             before = record["about"].get(key)
@@ -240,6 +248,7 @@ def prepare(
     about_noise = f"{len(cases)} prompts, {SEEDS} noises each"
     print(f"{erased}: {about_noise}; judge {judge_name}{lost}", flush=True)
 
+    claim(out_dir)
     # the base has the erased model's encoders and vocabularies, which take a while for FLUX
     pairs = concept_rows(name, words.folder, "train")
     pairs = [pair | dict(neutral_prompt=pair["neutral_prompt"] or NOTHING) for pair in pairs]
@@ -273,7 +282,6 @@ def play(setup: Setup, jobs: list[Job]) -> None:
     """All cases that the log does not hold yet, then the report."""
     began = time.time()
     done = {(r["attack"], r["target"], r["case"]) for r in setup.records}
-    setup.out_dir.mkdir(parents=True, exist_ok=True)
     log = setup.out_dir / "attacks.jsonl"
     lines = "".join(json.dumps(record) + "\n" for record in setup.records)
     write_atomically(log, lambda temporary: temporary.write_text(lines))
