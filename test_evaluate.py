@@ -1,6 +1,8 @@
 """pytest on a CPU, no network. Oracles: independent counts, the stock pipeline, the run itself."""
 
+import fcntl
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,18 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
+import attacks
 import cases
 import erase
 import evaluate
 import families
-from artefacts import fingerprints, save_mask, write_json
+import probes
+from artefacts import check_folder, fingerprints, listing, save_mask, write_json
 from columns import random_mask
-from conftest import PLACE, TWO_PROCESSES, command, run
+from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from judges import ClipJudge
 from models import HERE, TINY, remember_prompts
 from pictures import draw
 from promptfiles import COLUMNS, of_split, read_rows
-from safely import UNFINISHED
+from safely import UNFINISHED, UserError, release, write_atomically
 from test_judges import JUDGE, save_small
 
 FEW = "--num_pictures 10 --per_neighbour 1 --fid none --device cpu".split()
@@ -121,8 +125,8 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation, tmp_path
 
 
 def test_pictures_there_are_whole_and_of_these_weights(erased, evaluation, capsys, pipe):
-    """A picture cut short is no picture to score; pictures drawn under an earlier mask are not
-    those of the mask that is there now."""
+    """A picture cut short or exchanged is no picture to score; pictures drawn under an earlier mask
+    are not those of the mask that is there now."""
     picture = min((evaluation[0] / "base/concept").glob("*.png"))
     mask = erased / "mask.safetensors"
     before = {file: file.read_bytes() for file in (picture, mask)}
@@ -130,6 +134,8 @@ def test_pictures_there_are_whole_and_of_these_weights(erased, evaluation, capsy
     try:
         picture.write_bytes(before[picture][:-40])
         assert f"{picture.name}: is no whole picture" in refused(capsys, *again)
+        picture.write_bytes(max(picture.parent.glob("*.png")).read_bytes())
+        assert f"{picture.name}: was changed since it was drawn" in refused(capsys, *again)
         picture.write_bytes(before[picture])
         opposite = {site: 1 - gates for site, gates in load_file(mask).items()}
         save_mask(mask, opposite, fingerprints(pipe), ["ffn", "norm"])
@@ -243,6 +249,81 @@ def test_filter_keeps_the_pairs_that_show_the_concept(tmp_path, capsys):
     out.unlink()
     source.write_text(f"{header}\n0,no gun,{shown},1,train\n")
     assert "no pair passes" in refused(capsys, *again) and not out.exists()
+
+
+LINKS = [(evaluate, "eval"), (evaluate, "eval/report.md"), (evaluate, "eval/.lock")]
+LINKS += [(evaluate, "eval/base"), (evaluate, "eval/base/concept"), (evaluate, "eval/*gun")]
+LINKS += [(attacks, "attacks"), (attacks, "attacks/attacks.jsonl"), (probes, "probes/.lock")]
+LINKS += [(erase, "metrics.jsonl"), (erase, "preview.png"), (erase, "transformer")]
+
+
+def arguments_of(script, folder) -> list[str]:
+    """Of a small run in that folder."""
+    if script is erase:
+        return [*QUICK, "--resume", "--out_dir", str(folder)]
+    return [str(folder), "--device", "cpu", *(FEW if script is evaluate else ())]
+
+
+@pytest.fixture
+def copied(erased, tmp_path):
+    """The erased folder in a place of its own."""
+    without = shutil.ignore_patterns("transformer", ".lock")
+    return shutil.copytree(erased, tmp_path / "gun", ignore=without)
+
+
+@pytest.mark.parametrize("script, name", LINKS)
+def test_nothing_is_written_through_a_link(script, name, copied, tmp_path, capsys):
+    """A link in an output folder is refused by name, and what it points to stays as it was."""
+    target = tmp_path / "target"
+    if Path(name).suffix:
+        target.write_text("mine")
+    else:
+        target.mkdir()
+    if script is erase:
+        (copied / "mask.safetensors").unlink()
+    link = copied / name.replace("*gun", str(copied).replace("/", "_").strip("_").replace("-", "_"))
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    assert script.main(arguments_of(script, copied)) == 2
+    assert f"{link}: is a link" in capsys.readouterr().err.splitlines()[-1]
+    assert target.read_text() == "mine" if target.is_file() else not list(target.iterdir())
+
+
+@pytest.mark.parametrize("script", [erase, evaluate, attacks, probes])
+def test_one_process_writes_to_a_folder(script, copied, capsys):
+    """Another is refused while the first one's lock is held, whoever holds it."""
+    folder = copied
+    if script is erase:
+        (copied / "mask.safetensors").unlink()
+    else:
+        folder = copied / dict(evaluate="eval").get(script.__name__, script.__name__)
+        folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert script.main(arguments_of(script, copied)) == 2
+    wanted = f"--out_dir: another process is writing to {folder}"
+    assert wanted in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_folders_and_files_are_claimed_and_written_whole(tmp_path):
+    """A failure leaves the old file and nothing beside it; a folder without results goes again, and
+    one that was empty or holds what a kill leaves is as good as new, also to --resume."""
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(file, lambda path: path.write_text(f"new {1 / 0}"))
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    new, empty = tmp_path / "new", tmp_path / "empty"
+    (empty / f"{UNFINISHED}x").mkdir(parents=True)
+    for folder in (new, empty):
+        for resume in (False, True):
+            check_folder(folder, dict(save="mask"), resume, 0)
+            assert [path.name for path in folder.iterdir()] == [".lock"]
+    release()
+    assert not new.exists() and listing(empty) == ""
+    with pytest.raises(UserError, match="no run to go on with in .*new"):
+        check_folder(new, dict(save="mask"), True, 0)
 
 
 # Arguments | message; --out_dir comes before, and is taken where there is no other.

@@ -11,16 +11,22 @@ paths are nearly straight, as after a reflow.
 Shapes: pictures (B, 3, 64, 64) in [-1, 1]; latents (B, 16, 8, 8); packed latents (B, 16, 64).
 """
 
-import argparse
 import copy
 import itertools
 import json
 import math
 import random
 import shutil
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from safely import UNFINISHED, Parser, check_link, claim, exit_code, write_atomically
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -54,8 +60,6 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-
-HERE = Path(__file__).parent
 
 
 def tensor(pictures) -> torch.Tensor:
@@ -130,8 +134,20 @@ class Optimizers:
 
 # -------------------------------------------------------------------------------------- checkpoints
 def save_state(path: Path, **state) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)  # a killed run leaves either the old or the new one
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def save_whole(model, folder: Path, **how) -> None:
+    """save_pretrained, but a kill leaves each file whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as home:
+        model.save_pretrained(home, **how)
+        for file in [path for path in Path(home).rglob("*") if path.is_file()]:
+            target = folder / file.relative_to(home)
+            for path in (folder, target.parent):
+                check_link(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, file.rename)
 
 
 def save_progress(path: Path, step: int, optimizers: Optimizers, **weights) -> None:
@@ -237,7 +253,7 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
         shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4)
     )
     vae.register_to_config(**scale)
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(out / "flux/vae")
+    save_whole(vae.to(memory_format=torch.contiguous_format), out / "flux/vae")
 
 
 def load_vae(out: Path) -> AutoencoderKL:
@@ -275,7 +291,7 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
         bar.set_postfix(l1=f"{average:.4f}")
         if (step + 1) % 100 == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, decoder=decoder.state_dict())
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(out / "flux/vae")
+    save_whole(vae.to(memory_format=torch.contiguous_format), out / "flux/vae")
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -341,16 +357,15 @@ def make_clip_tokenizer(corpus: list[str], alphabet: list[str]) -> CLIPTokenizer
 def make_tokenizers(folder: Path, work: Path) -> tuple[CLIPTokenizer, PreTrainedTokenizerFast]:
     """Byte-level BPE for both encoders: no string has an unknown token. Those of `folder`, if it
     has some; new ones go to the work folder."""
-    if (folder / "tokenizer").exists():
-        clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        return clip, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
-    corpus = text_corpus()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    t5 = make_t5_tokenizer(corpus, alphabet)
-    clip = make_clip_tokenizer(corpus, alphabet)
-    clip.save_pretrained(work / "tokenizer")
-    t5.save_pretrained(work / "tokenizer_2")
-    return clip, t5
+    if not (folder / "tokenizer").exists():
+        corpus = text_corpus()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        save_whole(make_t5_tokenizer(corpus, alphabet), work / "tokenizer_2")
+        # the last, and as a whole: where it is, both are
+        write_atomically(work / "tokenizer", make_clip_tokenizer(corpus, alphabet).save_pretrained)
+        folder = work
+    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return clip, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
 
 
 # -------------------------------------------------------------------------------------------- judge
@@ -448,10 +463,10 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
             bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}")
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, judge=judge.state_dict())
-    judge.save_pretrained(out / "judge")
+    save_whole(judge, out / "judge")
     tokenizer.model_max_length = JUDGE_LENGTH
     pictures = SiglipImageProcessor(size=dict(height=world.SIZE, width=world.SIZE))
-    SiglipProcessor(pictures, tokenizer).save_pretrained(out / "judge")
+    save_whole(SiglipProcessor(pictures, tokenizer), out / "judge")
 
 
 # --------------------------------------------------------------------------------------------- flow
@@ -696,7 +711,7 @@ def train_flow(
             save_progress(
                 file, step + 1, optimizers, modules=[module.state_dict() for module in modules]
             )
-            pipe.save_pretrained(out / "flux", max_shard_size="15MB")
+    save_whole(pipe, out / "flux", max_shard_size="15MB")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -704,8 +719,7 @@ STAGES = ("vae", "decoder", "judge", "flow")
 
 
 def parse_args():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     help = "flux/ and judge/ go here  (default: tiny/, with --without its work folder)"
@@ -747,13 +761,13 @@ def parse_args():
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def run(args) -> None:
+    for folder in (args.work, args.out):
+        claim(folder)
     source = (args.init or HERE) / "flux"
     goes_on = args.init or args.without  # with the autoencoder and the tokens of source
     if goes_on and (source / "vae").resolve() != (args.out / "flux/vae").resolve():
         shutil.copytree(source / "vae", args.out / "flux/vae", dirs_exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
     where = dict(out=args.out, work=args.work, device=args.device)
     for stage in args.stages:
         start = time.time()
@@ -774,5 +788,9 @@ def main() -> None:
         print(f"{stage}: {(time.time() - start) / 60:.1f} min", flush=True)
 
 
+def main() -> int:
+    return exit_code("train.py", lambda: run(parse_args()))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
