@@ -24,7 +24,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from safely import UNFINISHED, Parser, check_link, claim, exit_code, write_atomically
+from safely import (
+    UNFINISHED,
+    Parser,
+    check_link,
+    claim,
+    exit_code,
+    remove_leftovers,
+    write_atomically,
+)
 
 # isort: split
 import numpy as np
@@ -133,6 +141,9 @@ class Optimizers:
 
 
 # -------------------------------------------------------------------------------------- checkpoints
+SAVE_EVERY = 100  # steps
+
+
 def save_state(path: Path, **state) -> None:
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
@@ -241,7 +252,7 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
         optimizers.step()
         deviation = posterior.mean.std().item()
         bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, vae=vae.state_dict())
 
     # latents are shifted and scaled to mean 0, variance 1, as FLUX's are
@@ -289,7 +300,7 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
         optimizers.step()
         average += (loss.item() - average) / min(step - start + 1, 50)
         bar.set_postfix(l1=f"{average:.4f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, decoder=decoder.state_dict())
     save_whole(vae.to(memory_format=torch.contiguous_format), out / "flux/vae")
 
@@ -461,7 +472,7 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
         if step % 20 == 0:
             recall = (logits > 0)[labels > 0].float().mean().item()
             bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, judge=judge.state_dict())
     save_whole(judge, out / "judge")
     tokenizer.model_max_length = JUDGE_LENGTH
@@ -707,7 +718,7 @@ def train_flow(
         share = 0.02 if step > start + 50 else 1 / (step - start + 1)
         average += (loss.item() - average) * share
         bar.set_postfix(loss=f"{average:.4f}")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(
                 file, step + 1, optimizers, modules=[module.state_dict() for module in modules]
             )
@@ -718,7 +729,7 @@ def train_flow(
 STAGES = ("vae", "decoder", "judge", "flow")
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -743,7 +754,7 @@ def parse_args():
     add("--init", type=Path, help=help)
     help = "leave these out of the flow's world, synonyms too"
     add("--without", nargs="*", default=(), metavar="CONCEPT", help=help)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.without) - set(world.THINGS) - set(world.STYLES)
     if unknown:
         names = ", ".join(sorted(unknown))
@@ -764,6 +775,8 @@ def parse_args():
 def run(args) -> None:
     for folder in (args.work, args.out):
         claim(folder)
+    for folder in (*args.out.glob("flux/**"), args.out / "judge"):
+        remove_leftovers(folder)
     source = (args.init or HERE) / "flux"
     goes_on = args.init or args.without  # with the autoencoder and the tokens of source
     if goes_on and (source / "vae").resolve() != (args.out / "flux/vae").resolve():
@@ -788,8 +801,8 @@ def run(args) -> None:
         print(f"{stage}: {(time.time() - start) / 60:.1f} min", flush=True)
 
 
-def main() -> int:
-    return exit_code("train.py", lambda: run(parse_args()))
+def main(argv=None) -> int:
+    return exit_code("train.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":
