@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 import attacks
@@ -20,7 +20,7 @@ import evaluate
 import families
 import probes
 from artefacts import check_folder, fingerprints, listing, save_mask, write_json
-from columns import random_mask
+from columns import random_mask, soft_gates
 from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from judges import ClipJudge
 from models import HERE, TINY, remember_prompts
@@ -324,6 +324,20 @@ def test_folders_and_files_are_claimed_and_written_whole(tmp_path):
     assert not new.exists() and listing(empty) == ""
     with pytest.raises(UserError, match="no run to go on with in .*new"):
         check_folder(new, dict(save="mask"), True, 0)
+
+
+SOFT = [(dict(gate="step"), 7168, "gate is 'step'"), (dict(max_closed="1"), 7168, "closed '1'")]
+SOFT += [({}, 7167, "is damaged .not 7168 finite logits")]
+
+
+@pytest.mark.parametrize("changes, size, message", SOFT)
+def test_soft_gates_of_another_run_are_refused(changes, size, message, copied, pipe):
+    """By the key of config.json, or by their number."""
+    config = json.loads((copied / "config.json").read_text())
+    write_json(copied / "config.json", config | changes)
+    save_file(dict(logits=torch.ones(size)), copied / "state.safetensors")
+    with pytest.raises(UserError, match=message):
+        soft_gates(copied, pipe.transformer)
 
 
 # Arguments | message; --out_dir comes before, and is taken where there is no other.

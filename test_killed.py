@@ -3,6 +3,7 @@
 KILLS=25 pytest test_killed.py -s    # kills in all, in turn of the four scripts
 """
 
+import fcntl
 import os
 import random
 import re
@@ -114,3 +115,11 @@ def test_killed_runs_end_in_the_same_bytes(number, erased, small, tmp_path, capf
         equal = len(kills) - len(different)
         print(f"\n{script.__name__}: {equal} of {len(kills)} killed runs ended equal")
     assert not different, "\n".join(different)
+
+
+def test_training_has_its_folders_to_itself(tmp_path, capfd):
+    """A second training in the same work folder is refused."""
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train.main([f"--work={tmp_path}", f"--out={tmp_path}/model"]) == 2
+    assert f"another process is writing to {tmp_path}" in capfd.readouterr().err

@@ -161,6 +161,13 @@ def save_whole(model, folder: Path, **how) -> None:
             write_atomically(target, file.rename)
 
 
+def at_rest(tokenizer):
+    """Without the padding and truncation of its last call, which would be saved along."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
+
+
 def save_progress(path: Path, step: int, optimizers: Optimizers, **weights) -> None:
     moments = dict(muon=optimizers.muon.state_dict(), adam=optimizers.adam.state_dict())
     save_state(path, **weights, **moments, step=step)
@@ -477,7 +484,7 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
     save_whole(judge, out / "judge")
     tokenizer.model_max_length = JUDGE_LENGTH
     pictures = SiglipImageProcessor(size=dict(height=world.SIZE, width=world.SIZE))
-    save_whole(SiglipProcessor(pictures, tokenizer), out / "judge")
+    save_whole(SiglipProcessor(pictures, at_rest(tokenizer)), out / "judge")
 
 
 # --------------------------------------------------------------------------------------------- flow
@@ -722,6 +729,8 @@ def train_flow(
             save_progress(
                 file, step + 1, optimizers, modules=[module.state_dict() for module in modules]
             )
+    for tokenizer in tokenizers:
+        at_rest(tokenizer)
     save_whole(pipe, out / "flux", max_shard_size="15MB")
 
 
