@@ -105,8 +105,7 @@ def load_erased(folder, device=None, dtype=None):
     for name in ("config.json", "mask.safetensors"):  # the mask is written last
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}, so no finished erased model")
-    model = read_config(folder).get("model", "")
-    pipe = models.load_pipeline(models.local_name(model), device, dtype)
+    pipe = models.load_pipeline(models.recorded(read_config(folder)), device, dtype)
     fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe.transformer))
     return pipe
 
@@ -182,7 +181,8 @@ def run_config(flags: dict, call: dict) -> dict:
     left_out = (*NOT_RECORDED, *models.CALL_FLAGS)
     config = {name: value for name, value in flags.items() if name not in left_out}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    config |= dict(model=models.portable_name(flags["model"]), call=call)
+    model, revision = models.address(models.portable_name(flags["model"]))
+    config |= dict(model=model, revision=revision, call=call)
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)
@@ -200,6 +200,14 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{file}: is not a JSON object")
     return config
+
+
+def pinned_model(model: str, out_dir: Path, resume: bool) -> str:
+    """--model with the commit that main is now, or was when the run that goes on began."""
+    before = read_config(out_dir) if resume else {}
+    if before.get("revision") and before.get("model") == model:
+        model = models.recorded(before)
+    return models.pinned(model)
 
 
 def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: int) -> None:

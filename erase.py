@@ -378,6 +378,7 @@ def run(args) -> None:
             found = f"{size} prompts cannot be split evenly over {workers.num_processes} processes"
             raise UserError(f"--{flag}: {found}")
     rows = promptfiles.training_rows(models.prompt_folder(args.model), **flags(promptfiles.FLAGS))
+    args.model = artefacts.pinned_model(args.model, args.out_dir, args.resume)
     kind, meta, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
     sites = gate_sites(meta, args.modules)
     args.checkpoint, plan = lowmem.plan(meta, kind, sites, call, args.device, **flags(lowmem.FLAGS))

@@ -11,7 +11,15 @@ import safely  # noqa: F401  (first: it keeps transformers quiet)
 import diffusers
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
@@ -62,13 +70,12 @@ CALL_FLAGS = dict(
 )
 # Texts that encode_prompt takes, one a picture; Lumina 2 has a system_prompt for all.
 PROMPT = re.compile(r"(negative_)?prompt(_\d)?")
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, HTTPError)
 
 
 def add_flags(parser) -> None:
-    parser.add_argument(
-        "--model", help=f"hub id or diffusers folder ({SCHNELL} with a CUDA GPU, else tiny/flux)"
-    )
+    help = f"hub id, id@revision or diffusers folder ({SCHNELL} with a CUDA GPU, else tiny/flux)"
+    parser.add_argument("--model", help=help)
     parser.add_argument("--device", help="(cuda if there is one, else cpu)")
     for name, kind in CALL_FLAGS.items():
         help = "as in diffusers (the model's own card)"
@@ -86,6 +93,58 @@ def portable_name(name: str) -> str:
     if not path.exists():
         return name
     return str(path.relative_to(HERE) if path.is_relative_to(HERE) else path)
+
+
+def address(model: str) -> tuple[str, str | None]:
+    """(folder or hub id, the revision that follows a hub id's @)."""
+    name, _, revision = model.partition("@")
+    return (model, None) if Path(model).exists() or not revision else (name, revision)
+
+
+def recorded(config: dict) -> str:
+    """The model that a config.json names, as --model takes it; "" if it names none."""
+    model = config.get("model", "")
+    revision = config.get("revision")
+    return f"{model}@{revision}" if revision else model and local_name(model)
+
+
+def pinned(model: str) -> str:
+    """A hub's model as id@commit, for main may move during a run. Raises UserError."""
+    name, revision = address(model)
+    if Path(name).is_dir():
+        return model
+    try:
+        file = hf_hub_download(name, "model_index.json", revision=revision)
+    except LOADING_ERRORS as error:
+        raise UserError(why_not(model, error, "is not a diffusers pipeline")) from None
+    return f"{name}@{Path(file).parent.name}"  # the hub's cache has a folder for each commit
+
+
+def why_not(model: str, error: Exception, what: str) -> str:
+    """A line that says why the model does not load: the hub's own error, which diffusers wraps in
+    others, or else `what`."""
+    name, revision = address(model)
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+
+    def has(*kinds):
+        return any(isinstance(error, kinds) for error in chain)
+
+    statuses = [getattr(getattr(error, "response", None), "status_code", None) for error in chain]
+    is_away = has(LocalEntryNotFoundError, ConnectionError, HTTPError)
+    if has(GatedRepoError) or 403 in statuses:
+        page = f"https://huggingface.co/{name}"
+        what = f"is gated: accept its licence on {page}, then `hf auth login`"
+    elif has(RepositoryNotFoundError) or 401 in statuses:
+        what = "is no folder, and not on the hub or private; if private, first `hf auth login`"
+    elif has(RevisionNotFoundError):
+        what = f"has no revision {revision} on the hub"
+    elif is_away and not has(RemoteEntryNotFoundError):
+        what = "is no folder and not in the hub's cache, and the hub is not reached"
+    else:
+        what = f"{what}: {first_line(error)}"
+    return f"--model: {name} {what}"
 
 
 def is_embedded(model: str) -> bool:
@@ -117,12 +176,12 @@ def check_device(device: str) -> None:
 def pipeline_class(model: str) -> type:
     """The pipeline's class, from its model_index.json alone. Raises UserError naming what it lacks
     of what this kit drives: a transformer, encode_prompt, a callback, final latents."""
+    place, revision = address(model)
     try:
-        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+        config = diffusers.DiffusionPipeline.load_config(place, revision=revision)
+        name = config["_class_name"]
     except LOADING_ERRORS as error:
-        raise UserError(
-            f"--model: {model} is not a diffusers pipeline: {first_line(error)}"
-        ) from None
+        raise UserError(why_not(model, error, "is not a diffusers pipeline")) from None
     kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise UserError(f"--model: {model} is a {name}, which this diffusers does not have")
@@ -145,23 +204,23 @@ def pipeline_class(model: str) -> type:
 
 def meta_transformer(model: str, kind: type):
     """The transformer without weights, on torch's meta device. Raises UserError."""
+    place, revision = address(model)
     try:
-        library, name = kind.load_config(model)["transformer"]
+        library, name = kind.load_config(place, revision=revision)["transformer"]
         transformer_class = getattr(diffusers, name)
-        config = transformer_class.load_config(model, subfolder="transformer")
+        where = dict(subfolder="transformer", revision=revision)
+        config = transformer_class.load_config(place, **where)
         with torch.device("meta"):
             return transformer_class.from_config(config)
     except (*LOADING_ERRORS, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"--model: {model} has no transformer that loads: {first_line(error)}"
-        ) from None
+        raise UserError(why_not(model, error, "has no transformer that loads")) from None
 
 
 def sampler_call(model: str, kind: type, **flags) -> dict:
     """What the sampler is called with: the model's own card (CALLS), and over it the flags that are
     not None. Raises UserError for a flag that its pipeline does not take, or a missing size."""
     accepts = inspect.signature(kind.__call__).parameters
-    name = "tiny/flux" if is_embedded(model) else portable_name(model)
+    name = "tiny/flux" if is_embedded(model) else address(model)[0]
     call = dict(CALLS.get(name, {}))
     for flag, value in flags.items():
         if value is None:
@@ -182,12 +241,18 @@ def inspect_model(model: str, **flags) -> tuple:
     return kind, meta_transformer(model, kind), sampler_call(model, kind, **flags)
 
 
+def folder_of(model: str, kind: type) -> Path:
+    """Where its files lie; a hub's model in the cache, with the files that load_pipeline reads."""
+    place, revision = address(model)
+    if Path(place).is_dir():
+        return Path(place)
+    return Path(kind.download(place, revision=revision, use_safetensors=True))
+
+
 def stored_transformer(model: str, kind: type):
     """The model's transformer in the dtype it is stored in, its weights mapped from their files."""
-    transformer_class = getattr(diffusers, kind.load_config(model)["transformer"][1])
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(model, allow_patterns="transformer/*"))
+    folder = folder_of(model, kind)
+    transformer_class = getattr(diffusers, kind.load_config(folder)["transformer"][1])
     files = (folder / "transformer").glob("*.safetensors")
     file = min(file for file in files if file.name.count(".") == 1)  # not .fp16.safetensors
     with safe_open(file, "pt") as f:  # diffusers would make it fp32
@@ -215,12 +280,12 @@ def load_pipeline(model: str, device=None, dtype=None):
     """A stock pipeline, frozen, without progress bars, from safetensors alone. Raises UserError."""
     device = device or default_device()
     kind = pipeline_class(model)
+    place, revision = address(model)
+    how = dict(dtype=dtype or default_dtype(device), use_safetensors=True)
     try:
-        pipe = kind.from_pretrained(
-            model, dtype=dtype or default_dtype(device), use_safetensors=True
-        )
+        pipe = kind.from_pretrained(place, revision=revision, **how)
     except LOADING_ERRORS as error:
-        raise UserError(f"--model: cannot load {model}: {first_line(error)}") from None
+        raise UserError(why_not(model, error, "does not load")) from None
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):

@@ -17,11 +17,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import httpx2
+import huggingface_hub.errors as hub_errors
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import artefacts
+import cases
 import erase
 import families
 import models
@@ -195,6 +199,102 @@ def test_sampler_arguments_and_prompts():
     assert final(pipe, call).isfinite().all()
     with pytest.raises(Exception, match="NoneType"):
         erase.rollout(pipe, ["a new one"], [1], **call)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache with two commits of a/b, which main moves between: hub(commit)."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--a--b"
+    for commit in HUB_COMMITS:
+        shutil.copytree(models.TINY, repository / "snapshots" / commit, copy_function=os.link)
+    file = repository / "snapshots" / HUB_COMMITS[1] / SAVED
+    weights = {name: weight * 1.01 for name, weight in load_file(file).items()}
+    file.unlink()
+    save_file(weights, file)
+    (repository / "refs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return lambda commit: (repository / "refs/main").write_text(commit)
+
+
+HUB_COMMITS = ("0" * 40, "1" * 40)
+SAVED = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def test_revision_is_found_once(hub, tmp_path, capsys):
+    """A run on a hub's model keeps the commit that main is at its start, when main moves: what it
+    wrote, a resumed run and an evaluation are of it; id@revision asks for one."""
+    hub(HUB_COMMITS[0])
+    out = tmp_path / "out"
+    files = dict(prompts="0,a gun,nothing,1,train", retain="0,a cat,,1,train")
+    for name, row in files.items():
+        (tmp_path / name).write_text(f"{HEADER}{row}\n")
+    line = f"--model a/b --prompts {tmp_path}/prompts --retain {tmp_path}/retain --device cpu"
+    line += " --concept gun --preset tiny --steps 1 --batch 1 --retain_batch 1 --harm 0 --lr_ffn 9"
+    line += f" --out_dir {out}"
+    line = [*line.split(), *[f"--{name}={value}" for name, value in SMALL.items()]]
+    assert erase.main(line) == 0
+    hub(HUB_COMMITS[1])
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model"], config["revision"]) == ("a/b", HUB_COMMITS[0])
+    loaded = erase.load_erased(out, "cpu")
+    old, new = (models.load_pipeline(f"a/b@{commit}", "cpu") for commit in HUB_COMMITS)
+    mask = erase.load_mask(out / "mask.safetensors", old.transformer)
+    assert torch.equal(final(loaded, SMALL), final(old, SMALL, mask))
+    assert not torch.equal(final(old, SMALL), final(new, SMALL))
+    assert cases.read_subject([out], None, None, {}).model == f"a/b@{HUB_COMMITS[0]}"
+    written = load_file(out / SAVED)
+    (out / "mask.safetensors").unlink()
+    assert erase.main([*line, "--resume"]) == 0
+    again = load_file(out / SAVED)
+    assert all(torch.equal(again[name], written[name]) for name in written)
+    assert models.pinned("a/b") == models.pinned("a/b@main") == f"a/b@{HUB_COMMITS[1]}"
+    (out / "mask.safetensors").unlink()
+    line[1] = f"a/b@{HUB_COMMITS[1]}"
+    capsys.readouterr()
+    assert erase.main([*line, "--resume"]) == 2
+    assert "--resume: --revision was 000" in capsys.readouterr().err
+
+
+def hub_error(kind, status):
+    request = httpx2.Request("GET", "https://huggingface.co/a/c")
+    return kind("no", response=httpx2.Response(status, request=request))
+
+
+HUB_ERRORS = [
+    (hub_error(hub_errors.GatedRepoError, 401), "gated: accept its licence on https://hugg"),
+    (hub_error(hub_errors.HfHubHTTPError, 403), "is gated: .*/a/c, then `hf auth login`"),
+    (hub_error(hub_errors.RepositoryNotFoundError, 404), "is no folder, and not on the hub or"),
+    (hub_error(hub_errors.HfHubHTTPError, 401), "private; if private, first `hf auth login`"),
+    (hub_error(hub_errors.RevisionNotFoundError, 404), "has no revision v9 on the hub"),
+    (hub_error(hub_errors.RemoteEntryNotFoundError, 404), "is not a diffusers pipeline: wrapped"),
+    (hub_error(hub_errors.HfHubHTTPError, 500), "hub's cache, and the hub is not reached"),
+    (httpx2.ConnectError("no network"), "hub's cache, and the hub is not reached"),
+    (hub_errors.OfflineModeIsEnabled(), "hub's cache, and the hub is not reached"),
+    (None, "hub's cache, and the hub is not reached"),  # huggingface_hub's own
+]
+
+
+@pytest.mark.parametrize("error, message", HUB_ERRORS)
+def test_hub_errors(error, message, tmp_path, capsys, monkeypatch):
+    """What keeps a hub's model from loading is said in a line, exit code 2, also from under the
+    errors that diffusers makes of it."""
+
+    def fails(*_, **__):
+        try:
+            raise error
+        except Exception:
+            raise OSError("wrapped")  # with __context__
+
+    if error:
+        monkeypatch.setattr(models, "hf_hub_download", fails)
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", fails)
+    line = f"--model a/c@v9 --concept gun --device cpu --out_dir {tmp_path}/out"
+    assert erase.main(line.split()) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and len(printed.splitlines()) == 1, printed
+    with pytest.raises(UserError, match=message):
+        models.load_pipeline("a/c@v9", "cpu")
 
 
 SITE = "transformer_blocks.0.ff.net.2"
