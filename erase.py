@@ -355,7 +355,6 @@ def parse_args(argv=None):
     for name, columns in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, columns[PRESETS.index(args.preset)])
-    args.micro_batch = args.micro_batch or (16 if is_tiny else 1)
     args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
     args.out_dir = args.out_dir or artefacts.default_folder(args.concept)
     return args
@@ -379,9 +378,10 @@ def run(args) -> None:
             raise UserError(f"--{flag}: {found}")
     rows = promptfiles.training_rows(models.prompt_folder(args.model), **flags(promptfiles.FLAGS))
     args.model = artefacts.pinned_model(args.model, args.out_dir, args.resume)
-    kind, meta, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
+    kind, meta, others, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
     sites = gate_sites(meta, args.modules)
-    args.checkpoint, plan = lowmem.plan(meta, kind, sites, call, args.device, **flags(lowmem.FLAGS))
+    chosen, plan = lowmem.plan(meta, others, kind, sites, call, args.device, **flags(lowmem.FLAGS))
+    vars(args).update(chosen)
     config = artefacts.run_config(vars(args), call)
     total = sum(site.units for site in sites.values())
     workers.print(
@@ -397,7 +397,7 @@ def run(args) -> None:
     cases = len(rows.pairs) + len(rows.retain)
     first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
 
-    pipe = models.load_pipeline(args.model, "cpu", models.default_dtype(args.device))
+    pipe = models.load_pipeline(args.model, "cpu", models.default_dtype(args.device, meta))
     base = artefacts.fingerprint(pipe.transformer)
     workers.wait_for_everyone()  # all have looked at out_dir
     on_step = artefacts.open_folder(args.out_dir, config, first_step) if is_first else None

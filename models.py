@@ -160,9 +160,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def default_dtype(device) -> torch.dtype:
-    """bf16, but fp32 on a CPU, under whatever index: a process group names it cpu:0."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+def is_cpu(device) -> bool:
+    """Under whatever index: a process group names it cpu:0."""
+    return torch.device(device).type == "cpu"
+
+
+def default_dtype(device, transformer=None) -> torch.dtype:
+    """bf16, but fp32 on a CPU, unless the transformer has more than 10^9 parameters."""
+    size = sum(p.numel() for p in transformer.parameters()) if transformer else 0
+    return torch.float32 if is_cpu(device) and size <= 10**9 else torch.bfloat16
+
+
+def dtype_of(model: str, device) -> torch.dtype:
+    """That which the model has by default on the device. Raises UserError."""
+    return default_dtype(device, meta_transformer(model, pipeline_class(model)))
 
 
 def check_device(device: str) -> None:
@@ -202,18 +213,30 @@ def pipeline_class(model: str) -> type:
     return kind
 
 
+def meta_module(model: str, kind: type, part: str):
+    """A part of the pipeline without weights, on torch's meta device; None where it has no module
+    there. Raises UserError."""
+    place, revision = address(model)
+    where = dict(subfolder=part, revision=revision)
+    try:
+        _, name = kind.load_config(place, revision=revision).get(part, (None, None))
+        part_class = getattr(transformers if "text" in part else diffusers, str(name), None)
+        if part_class is None:
+            return None
+        with torch.device("meta"):
+            if "text" in part:
+                return part_class(part_class.config_class.from_pretrained(place, **where))
+            return part_class.from_config(part_class.load_config(place, **where))
+    except (*LOADING_ERRORS, AttributeError, RuntimeError) as error:
+        raise UserError(why_not(model, error, f"has no {part} that loads")) from None
+
+
 def meta_transformer(model: str, kind: type):
     """The transformer without weights, on torch's meta device. Raises UserError."""
-    place, revision = address(model)
-    try:
-        library, name = kind.load_config(place, revision=revision)["transformer"]
-        transformer_class = getattr(diffusers, name)
-        where = dict(subfolder="transformer", revision=revision)
-        config = transformer_class.load_config(place, **where)
-        with torch.device("meta"):
-            return transformer_class.from_config(config)
-    except (*LOADING_ERRORS, AttributeError, RuntimeError) as error:
-        raise UserError(why_not(model, error, "has no transformer that loads")) from None
+    transformer = meta_module(model, kind, "transformer")
+    if transformer is None:
+        raise UserError(f"--model: {model} has no transformer that loads: it names none")
+    return transformer
 
 
 def sampler_call(model: str, kind: type, **flags) -> dict:
@@ -235,10 +258,18 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
 
 
 def inspect_model(model: str, **flags) -> tuple:
-    """(its pipeline's class, its transformer without weights, what the sampler is called with),
-    from configuration files alone. flags: CALL_FLAGS, None where not given. Raises UserError."""
+    """(its pipeline's class, its transformer without weights, {other part: parameters}, what the
+    sampler is called with), from configuration files alone. flags: CALL_FLAGS, None where not
+    given. Raises UserError."""
     kind = pipeline_class(model)
-    return kind, meta_transformer(model, kind), sampler_call(model, kind, **flags)
+    transformer = meta_transformer(model, kind)
+    call = sampler_call(model, kind, **flags)
+    others = {}
+    for part in inspect.signature(kind.__init__).parameters:
+        if part == "vae" or part.startswith("text_encoder"):
+            module = meta_module(model, kind, part)
+            others[part] = sum(p.numel() for p in module.parameters()) if module else 0
+    return kind, transformer, others, call
 
 
 def folder_of(model: str, kind: type) -> Path:
@@ -281,7 +312,7 @@ def load_pipeline(model: str, device=None, dtype=None):
     device = device or default_device()
     kind = pipeline_class(model)
     place, revision = address(model)
-    how = dict(dtype=dtype or default_dtype(device), use_safetensors=True)
+    how = dict(dtype=dtype or dtype_of(model, device), use_safetensors=True)
     try:
         pipe = kind.from_pretrained(place, revision=revision, **how)
     except LOADING_ERRORS as error:
