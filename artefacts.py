@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -24,8 +25,11 @@ FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
 def add_flags(parser) -> None:
     add = parser.add_argument
     add("--out_dir", type=Path, help="(erased/<concept>)")
-    help = "mask: no transformer folder, which is 24 GB for FLUX.1 (%(default)s)"
-    add("--save", choices=("full", "mask"), default="full", help=help)
+    help = (
+        "beside the mask: full: transformer/, 24 GB for FLUX.1; pipeline: all that stock diffusers "
+        "opens; single: the one file transformer.safetensors; mask: nothing (%(default)s)"
+    )
+    add("--save", choices=("full", "pipeline", "single", "mask"), default="full", help=help)
     help = "steps between resumable states (%(default)s)"
     add("--save_every", type=number(int, 1), default=10, help=help)
     add("--resume", action="store_true", help="go on with the killed run of the same command")
@@ -110,13 +114,36 @@ def load_erased(folder, device=None, dtype=None):
     return pipe
 
 
-def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
+def folded(model: str, kind: type, mask: dict):
     """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
     fold(transformer, mask)
+    return transformer
+
+
+def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
+    transformer = folded(model, kind, mask)
     for leftover in (folder, folder.with_name(folder.name + ".tmp")):  # of a killed run
         shutil.rmtree(leftover, ignore_errors=True)
     write_atomically(folder, transformer.save_pretrained)
+
+
+def save_as(form: str, model: str, kind: type, mask: dict, out_dir: Path) -> None:
+    """What --save says. A single file has diffusers' names, which ComfyUI's "Load Diffusion Model"
+    takes for FLUX.1, SD3, AuraFlow and Z-Image by its source; it was not loaded there."""
+    if form == "single":
+        state = folded(model, kind, mask).state_dict()
+        path = out_dir / "transformer.safetensors"
+        write_atomically(path, lambda temporary: save_file(state, temporary, dict(format="pt")))
+    if form in ("full", "pipeline"):
+        save_folded(model, kind, mask, out_dir / "transformer")
+    if form == "pipeline":
+        base = models.folder_of(model, kind)
+        copy = dict(ignore=shutil.ignore_patterns("*.bin"), copy_function=shutil.copyfile)
+        for part in kind.load_config(base):
+            if part != "transformer" and (base / part).is_dir():
+                shutil.copytree(base / part, out_dir / part, dirs_exist_ok=True, **copy)
+        shutil.copyfile(base / "model_index.json", out_dir / "model_index.json")
 
 
 def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, dict]:
@@ -210,9 +237,33 @@ def pinned_model(model: str, out_dir: Path, resume: bool) -> str:
     return models.pinned(model)
 
 
-def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: int) -> None:
+def disk_of(folder: Path) -> tuple[int, int]:
+    """(which disk it is or will be on, free bytes there)."""
+    folder = folder.absolute()
+    home = next(path for path in (folder, *folder.parents) if path.exists())
+    return home.stat().st_dev, shutil.disk_usage(home).free
+
+
+def check_disk(out_dir: Path, form: str, sizes: dict) -> None:
+    """Raises UserError unless there is room for what comes from the hub and for what --save writes.
+    sizes: models.stored_bytes."""
+    cache = Path(constants.HF_HUB_CACHE)
+    of_cache, of_out_dir = disk_of(cache), disk_of(out_dir)
+    written = dict(mask=0, pipeline=sizes["all"]).get(form, sizes["transformer"]) + 2**26
+    if of_cache[0] == of_out_dir[0]:
+        written += sizes["download"]
+    for flag, needed, free, advice in (
+        ("--model", sizes["download"], of_cache[1], f"HF_HOME names another disk than {cache}"),
+        ("--out_dir", written, of_out_dir[1], "--save mask needs little"),
+    ):
+        if free < needed:
+            found = f"{free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed"
+            raise UserError(f"{flag}: {found}; {advice}")
+
+
+def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others: dict) -> None:
     """Raises UserError unless out_dir is new or empty, or, to resume, holds an unfinished run of
-    the same command; and unless the disk has room for what it writes, in bytes."""
+    the same command; and unless the disks have room. others: {other part: parameters}."""
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir: {out_dir} is a file")
     if out_dir.is_dir() and any(out_dir.iterdir()) and not resume:
@@ -228,9 +279,5 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: in
                 raise UserError(f"--resume: --{flag} {found}; repeat the same command")
         if (out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {out_dir} is finished")
-    needed = 2**26 + (transformer_size if config["save"] == "full" else 0)
-    home = next(p for p in (out_dir.absolute(), *out_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(home).free
-    if free < needed:
-        found = f"{free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed"
-        raise UserError(f"--out_dir: {found}; --save mask needs little")
+    sizes = models.stored_bytes(models.recorded(config), transformer, others)
+    check_disk(out_dir, config["save"], sizes)

@@ -11,7 +11,7 @@ import safely  # noqa: F401  (first: it keeps transformers quiet)
 import diffusers
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HTTPError,
@@ -160,6 +160,10 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_model(device: str) -> str:
+    return TINY if device == "cpu" else SCHNELL
+
+
 def is_cpu(device) -> bool:
     """Under whatever index: a process group names it cpu:0."""
     return torch.device(device).type == "cpu"
@@ -301,10 +305,32 @@ def check_whole(model: str, module) -> None:
         raise UserError(f"--model: {model} has no weights for {missing[0]}")
 
 
-def stored_bytes(model: str, transformer) -> int:
-    """What the transformer takes on disk; of a hub's model, what it would in bf16."""
-    files = (Path(model) / "transformer").glob("*.safetensors")
-    return sum(file.stat().st_size for file in files) or 2 * transformer.num_parameters()
+def stored_bytes(model: str, transformer, others: dict) -> dict:
+    """What the safetensors files of its transformer take, those of all its parts, and those of them
+    that are still to come from the hub. Where the hub is not reached nothing comes, and what is
+    written is as if stored in bf16. others: {other part: parameters}."""
+    name, revision = address(model)
+    files = {}
+    if Path(name).is_dir():
+        files = {str(f.relative_to(name)): f.stat().st_size for f in Path(name).glob("*/*")}
+    else:
+        with contextlib.suppress(*LOADING_ERRORS):
+            about = HfApi().model_info(name, revision=revision, files_metadata=True)
+            files = {file.rfilename: file.size for file in about.siblings}
+    sizes = dict(transformer=0, all=0, download=0)
+    for path, size in files.items():
+        part, _, file = path.partition("/")
+        if part in ("transformer", *others) and re.fullmatch(r"[^.]+\.safetensors", file):
+            is_here = Path(name).is_dir()
+            if not is_here:
+                is_here = isinstance(try_to_load_from_cache(name, path, revision=revision), str)
+            sizes["all"] += size
+            sizes["transformer"] += size * (part == "transformer")
+            sizes["download"] += size * (not is_here)
+    if not sizes["transformer"]:
+        size = 2 * sum(p.numel() for p in transformer.parameters())
+        sizes |= dict(transformer=size, all=size + 2 * sum(others.values()))
+    return sizes
 
 
 def load_pipeline(model: str, device=None, dtype=None):

@@ -120,6 +120,31 @@ def test_harm_is_what_closing_a_gate_a_little_does(pipe, monkeypatch):
         assert abs(harm[name].max().item() / exact - 1) < 0.25, (name, harm[name].max(), exact)
 
 
+def test_processes_share_the_draws_of_harm(pipe, monkeypatch):
+    """What two or three processes find of 5 draws adds up to what one finds, each drawing only its
+    share of the pictures."""
+    sites = gate_sites(pipe.transformer)
+    drawn = []
+    rollout = erase.rollout
+
+    def counted(pipe, prompts, *args, **call):
+        drawn.append(len(prompts))
+        return rollout(pipe, prompts, *args, **call)
+
+    def harm(rank, count):
+        monkeypatch.setattr(erase, "processes", lambda: (rank, count))
+        found = erase.harm_of_closing(pipe, RETAIN, sites, call=SMALL, draws=5, micro_batch=2)
+        return torch.cat(list(found.values()))
+
+    monkeypatch.setattr(erase, "rollout", counted)
+    monkeypatch.setattr(erase.dist, "all_reduce", lambda harm: None)
+    one = harm(0, 1)
+    for count in (2, 3):
+        drawn.clear()
+        assert torch.allclose(sum(harm(rank, count) for rank in range(count)), one, rtol=1e-3)
+        assert sum(drawn) == 5
+
+
 def test_hooks_and_fold_by_hand():
     """Whatever is raised inside `gated`, also by gates that do not fit, the base is back. A folded
     FFN neuron keeps no incoming row, bias or outgoing column, an open one all three; likewise an
@@ -207,7 +232,7 @@ def hub(tmp_path, monkeypatch):
     cache = tmp_path / "hub"
     repository = cache / "models--a--b"
     for commit in HUB_COMMITS:
-        shutil.copytree(models.TINY, repository / "snapshots" / commit, copy_function=os.link)
+        shutil.copytree(models.TINY, repository / "snapshots" / commit, copy_function=os.symlink)
     file = repository / "snapshots" / HUB_COMMITS[1] / SAVED
     weights = {name: weight * 1.01 for name, weight in load_file(file).items()}
     file.unlink()
@@ -362,6 +387,73 @@ def test_saving_folds_the_stored_files(dtype, shard, tmp_path):
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
     assert listing(out) == "config.json diffusion_pytorch_model.safetensors"
     assert listing(out.parent) == "transformer"
+
+
+def test_other_forms_of_saving(tmp_path):
+    """--save pipeline: stock diffusers opens the whole folder and draws what load_erased draws,
+    also with links in the base's folder, as in the hub's cache. --save single: the folded weights
+    under diffusers' names in one file. --save mask: nothing."""
+    pipe, call = families.flux_dev()
+    base, kind = tmp_path / "base", type(pipe)
+    pipe.save_pretrained(base)
+    weights = base / "text_encoder/model.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    mask = random_mask(pipe.transformer, ("ffn",))
+    about = (artefacts.fingerprint(pipe.transformer), ["ffn"])
+    for form in ("pipeline", "single", "mask"):
+        out = tmp_path / form
+        out.mkdir()
+        artefacts.save_as(form, str(base), kind, mask, out)
+        artefacts.write_json(out / "config.json", dict(model=str(base)))
+        artefacts.save_mask(out / "mask.safetensors", mask, *about)
+    assert listing(tmp_path / "mask") == "config.json mask.safetensors"
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    found = erase.load_erased(tmp_path / "mask", "cpu")
+    assert torch.equal(final(opened, call), final(found, call))
+    assert not torch.equal(final(opened, call), final(pipe, call))
+    assert not any(file.is_symlink() for file in (tmp_path / "pipeline").rglob("*"))
+    assert listing(tmp_path / "single") == "config.json mask.safetensors transformer.safetensors"
+    single = load_file(tmp_path / "single/transformer.safetensors")
+    wanted = found.transformer.state_dict()
+    assert single.keys() == wanted.keys()
+    assert all(torch.equal(single[name], weight) for name, weight in wanted.items())
+
+
+GB = 10**9
+ROOM = [  # free bytes of cache and out_dir, whether on one disk, --save, message
+    ((30 * GB, 30 * GB), False, "full", None),
+    ((19 * GB, 90 * GB), False, "mask", "--model: 17.70 GiB free, 18.63 needed; HF_HOME"),
+    ((30 * GB, 5 * GB), False, "full", "--out_dir: .* 9.38 needed; --save mask needs little"),
+    ((30 * GB, 20 * GB), False, "pipeline", "--out_dir: .* 19.62 needed"),
+    ((30 * GB, 30 * GB), True, "full", "--out_dir: .* 28.00 needed"),
+    ((30 * GB, 30 * GB), True, "mask", None),
+]
+
+
+@pytest.mark.parametrize("free, one_disk, form, message", ROOM)
+def test_room_on_the_disks(free, one_disk, form, message, hub, tmp_path, monkeypatch):
+    """For what --save writes and for what the hub has yet to send, which is what diffusers reads:
+    no variants, no single files, nothing that is in the cache."""
+    hub(HUB_COMMITS[0])
+    sizes = {
+        SAVED: GB,  # is there
+        "transformer/diffusion_pytorch_model-00002-of-00002.safetensors": 9 * GB,
+        "text_encoder_2/model-00002-of-00002.safetensors": 11 * GB,
+        "text_encoder_2/model.fp16.safetensors": GB,
+        "vae/diffusion_pytorch_model.bin": GB,
+        "flux1-schnell.safetensors": 24 * GB,
+    }
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(siblings=files)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda *_, **__: info)
+    meta = torch.nn.Linear(2, 3)
+    sizes = models.stored_bytes(models.pinned("a/b"), meta, dict(text_encoder_2=9, vae=9))
+    assert sizes == dict(transformer=10 * GB, all=21 * GB, download=20 * GB)
+    disks = dict(hub=(0, free[0]), out=(0 if one_disk else 1, free[1]))
+    monkeypatch.setattr(artefacts, "disk_of", lambda folder: disks[folder.name])
+    with pytest.raises(UserError, match=message) if message else ExitStack():
+        artefacts.check_disk(tmp_path / "out", form, sizes)
 
 
 def test_saving_holds_few_weights_in_memory(tmp_path):
@@ -635,7 +727,11 @@ def test_dry_run_and_paper_preset(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "7,168 gates in 12 layers; 20 concept pairs" in printed
     assert json.loads(printed[printed.index("{") :])["call"] == CALL
+    assert "preset tiny; " in printed
     assert not (tmp_path / "out").exists()
+    assert erase.main([*QUICK, "--dry_run", "--preset", "paper"]) == 0
+    cost = "preset paper (--preset tiny keeps far more other things: RESULTS.md); 7,168 gates"
+    assert cost in capsys.readouterr().out
     paper = dict(preset="paper", gate="hard_concrete", lr_ffn=0.5, lr_norm=0.5, weight_decay=0.01)
     paper |= dict(beta=0.01, batch=4, steps=400, hard=0, max_closed=1, harm=0, lr_decay=0)
     for flags in ("tiny/flux --preset paper", f"{models.SCHNELL} --preset paper", models.SCHNELL):
