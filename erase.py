@@ -157,7 +157,7 @@ def rollout(pipe, prompts, seeds, **call) -> torch.Tensor:
 def rollout_backward(pipe, prompts, seeds, loss_of_final, checkpoint="step", **call):
     """Adds the gradient of loss_of_final(final latents) to all that the rollout hangs on; what is
     computed again for it, `checkpoint` says. Returns (loss, final latents), detached."""
-    with recompute.checkpointed(pipe.transformer, checkpoint):
+    with recompute.checkpointed(pipe, checkpoint, call):
         final = rollout(pipe, prompts, seeds, **call)
         loss = loss_of_final(final)
         loss.backward()

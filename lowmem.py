@@ -154,6 +154,22 @@ def quantize(transformer, kind: str, device) -> None:
                 transformer.set_submodule(name, new.to(device))
 
 
+def pack(parameters: list, pin: bool, chunk: int = 2**30) -> None:
+    """Moves the parameters' weights side by side into buffers of `chunk` bytes, page-locked if pin.
+    torch gives every page-locked tensor a power of two of bytes: one by one, FLUX.1's 22 GiB of
+    blocks would take 34."""
+    buffer = torch.empty(0)
+    start = 0
+    for p in parameters:
+        size = p.data.nbytes
+        if start + size > buffer.nbytes:
+            buffer = torch.empty(max(chunk, size), dtype=torch.uint8, pin_memory=pin)
+            start = 0
+        place = buffer[start : start + size].view(p.dtype).view(p.shape)
+        p.data = place.copy_(p.data)
+        start += -(-size // 64) * 64  # every weight starts at a multiple of 64 bytes
+
+
 def offload(transformer, device) -> None:
     """Keeps the blocks' weights in CPU memory: a block computes with copies on the device that go
     when it is done. With block checkpointing (only then) autograd keeps no copy either: the
@@ -175,10 +191,11 @@ def offload(transformer, device) -> None:
             for store, weights in zip(stores, own, strict=True):
                 store.update(weights)
 
-    for block in blocks_of(transformer):
-        for p in block.parameters():  # page-locked memory copies faster, and without waiting
-            if torch.device(device).type == "cuda" and type(p.data) is torch.Tensor:
-                p.data = p.data.pin_memory()
+    blocks = blocks_of(transformer)
+    if not is_cpu(device):  # page-locked memory copies faster, and without waiting
+        weights = [p for block in blocks for p in block.parameters()]
+        pack([p for p in weights if type(p.data) is torch.Tensor], pin=True)
+    for block in blocks:
         block.forward = functools.partial(on_device, block, block.forward)
     for child in transformer.children():
         if not isinstance(child, torch.nn.ModuleList):

@@ -1,6 +1,7 @@
 """Oracles: bytes alive, and plain autograd of the plain transformer."""
 
 import functools
+import itertools
 import weakref
 
 import diffusers
@@ -229,6 +230,31 @@ def test_offloaded_blocks_are_on_the_device_only_while_they_compute(family):
             assert torch.allclose(offloaded, plain[site], rtol=1e-4, atol=1e-7), site
         assert alive == {1} and not any(copy() is not None for _, copy in copies)
         assert all(p.data_ptr() == place for p, place in places.items())
+
+
+def test_packed_weights():
+    """Packed, weights are the bits that they were, no two overlap, and each starts at a multiple of
+    64 bytes. The buffers, as powers of two of bytes, take 12 % more than the weights, one by one
+    they would take half as much again; one weight is larger than a buffer."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3 * i, 80 - i) for i in range(80)] * 3 + [(2**15, 2), ()]
+    weights = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    for p in weights[::3]:
+        p.data = p.data.bfloat16()
+    before = [p.data.clone() for p in weights]
+    lowmem.pack(weights, pin=False, chunk=2**17)
+    for p, old in zip(weights, before, strict=True):
+        assert torch.equal(p.data, old) and p.dtype == old.dtype
+        assert p.storage_offset() * p.element_size() % 64 == 0
+    places = sorted((p.data_ptr(), p.nbytes) for p in weights)
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(places))
+    buffers = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in weights}
+    taken = [
+        sum(2 ** (size - 1).bit_length() for size in sizes if size)
+        for sizes in (buffers.values(), [p.nbytes for p in weights])
+    ]
+    total = sum(p.nbytes for p in weights)
+    assert taken[0] < 1.15 * total and taken[1] > 1.3 * total, (taken, total)
 
 
 @pytest.mark.parametrize("kind, library", lowmem.LIBRARIES.items())
