@@ -138,7 +138,7 @@ def save_as(form: str, model: str, kind: type, mask: dict, out_dir: Path) -> Non
     if form in ("full", "pipeline"):
         save_folded(model, kind, mask, out_dir / "transformer")
     if form == "pipeline":
-        base = models.folder_of(model, kind)
+        base = models.folder_of(model)
         copy = dict(ignore=shutil.ignore_patterns("*.bin"), copy_function=shutil.copyfile)
         for part in kind.load_config(base):
             if part != "transformer" and (base / part).is_dir():

@@ -141,7 +141,7 @@ def why_not(model: str, error: Exception, what: str) -> str:
     elif has(RevisionNotFoundError):
         what = f"has no revision {revision} on the hub"
     elif is_away and not has(RemoteEntryNotFoundError):
-        what = "is no folder and not in the hub's cache, and the hub is not reached"
+        what = "is no folder and not whole in the hub's cache, and the hub is not reached"
     else:
         what = f"{what}: {first_line(error)}"
     return f"--model: {name} {what}"
@@ -276,17 +276,18 @@ def inspect_model(model: str, **flags) -> tuple:
     return kind, transformer, others, call
 
 
-def folder_of(model: str, kind: type) -> Path:
-    """Where its files lie; a hub's model in the cache, with the files that load_pipeline reads."""
+def folder_of(model: str) -> Path:
+    """Where its files lie; a pinned model's in the hub's cache, where load_pipeline left them: no
+    network is needed at the end of a run."""
     place, revision = address(model)
     if Path(place).is_dir():
         return Path(place)
-    return Path(kind.download(place, revision=revision, use_safetensors=True))
+    return Path(hf_hub_download(place, "model_index.json", revision=revision)).parent
 
 
 def stored_transformer(model: str, kind: type):
     """The model's transformer in the dtype it is stored in, its weights mapped from their files."""
-    folder = folder_of(model, kind)
+    folder = folder_of(model)
     transformer_class = getattr(diffusers, kind.load_config(folder)["transformer"][1])
     files = (folder / "transformer").glob("*.safetensors")
     file = min(file for file in files if file.name.count(".") == 1)  # not .fp16.safetensors
@@ -321,12 +322,10 @@ def stored_bytes(model: str, transformer, others: dict) -> dict:
     for path, size in files.items():
         part, _, file = path.partition("/")
         if part in ("transformer", *others) and re.fullmatch(r"[^.]+\.safetensors", file):
-            is_here = Path(name).is_dir()
-            if not is_here:
-                is_here = isinstance(try_to_load_from_cache(name, path, revision=revision), str)
+            cached = Path(name).is_dir() or try_to_load_from_cache(name, path, revision=revision)
             sizes["all"] += size
             sizes["transformer"] += size * (part == "transformer")
-            sizes["download"] += size * (not is_here)
+            sizes["download"] += size * (not cached)
     if not sizes["transformer"]:
         size = 2 * sum(p.numel() for p in transformer.parameters())
         sizes |= dict(transformer=size, all=size + 2 * sum(others.values()))

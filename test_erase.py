@@ -31,6 +31,7 @@ import families
 import models
 import pictures
 import promptfiles
+import report
 from artefacts import listing, read_metrics
 from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
@@ -271,7 +272,9 @@ def test_revision_is_found_once(hub, tmp_path, capsys):
     mask = erase.load_mask(out / "mask.safetensors", old.transformer)
     assert torch.equal(final(loaded, SMALL), final(old, SMALL, mask))
     assert not torch.equal(final(old, SMALL), final(new, SMALL))
-    assert cases.read_subject([out], None, None, {}).model == f"a/b@{HUB_COMMITS[0]}"
+    subject = cases.read_subject([out], None, None, {})
+    assert subject.model == f"a/b@{HUB_COMMITS[0]}"
+    assert report.provenance(subject.model, [], [])["model_revision"] == HUB_COMMITS[0]
     written = load_file(out / SAVED)
     (out / "mask.safetensors").unlink()
     assert erase.main([*line, "--resume"]) == 0
