@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -25,8 +26,11 @@ FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
 def add_flags(parser) -> None:
     add = parser.add_argument
     add("--out_dir", type=Path, help="(erased/<concept>)")
-    help = "mask: no transformer folder, which is 24 GB for FLUX.1 (%(default)s)"
-    add("--save", choices=("full", "mask"), default="full", help=help)
+    help = (
+        "beside the mask: full: transformer/, 24 GB for FLUX.1; pipeline: all that stock diffusers "
+        "opens; single: the one file transformer.safetensors; mask: nothing (%(default)s)"
+    )
+    add("--save", choices=("full", "pipeline", "single", "mask"), default="full", help=help)
     help = "steps between resumable states (%(default)s)"
     add("--save_every", type=number(int, 1), default=10, help=help)
     add("--resume", action="store_true", help="go on with the killed run of the same command")
@@ -117,18 +121,40 @@ def load_erased(folder, device=None, dtype=None):
     for name in ("config.json", "mask.safetensors"):  # the mask is written last
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}, so no finished erased model")
-    model = models.local_name(erased_config(folder)["model"])
-    pipe = models.load_pipeline(model, device, dtype)
+    pipe = models.load_pipeline(models.recorded(erased_config(folder)), device, dtype)
     fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe))
     return pipe
 
 
-def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
+def folded(model: str, kind: type, mask: dict):
     """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
     fold(transformer, mask)
+    return transformer
+
+
+def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
+    transformer = folded(model, kind, mask)
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     write_atomically(folder, transformer.save_pretrained)
+
+
+def save_as(form: str, model: str, kind: type, mask: dict, out_dir: Path) -> None:
+    """What --save says. A single file has diffusers' names, which ComfyUI's "Load Diffusion Model"
+    takes for FLUX.1, SD3, AuraFlow and Z-Image by its source; it was not loaded there."""
+    if form == "single":
+        state = folded(model, kind, mask).state_dict()
+        path = out_dir / "transformer.safetensors"
+        write_atomically(path, lambda temporary: save_file(state, temporary, dict(format="pt")))
+    if form in ("full", "pipeline"):
+        save_folded(model, kind, mask, out_dir / "transformer")
+    if form == "pipeline":
+        base = models.folder_of(model)
+        copy = dict(ignore=shutil.ignore_patterns("*.bin"), copy_function=shutil.copyfile)
+        for part in kind.load_config(base):
+            if part != "transformer" and (base / part).is_dir():
+                shutil.copytree(base / part, out_dir / part, dirs_exist_ok=True, **copy)
+        shutil.copyfile(base / "model_index.json", out_dir / "model_index.json")
 
 
 def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, dict]:
@@ -195,7 +221,8 @@ def run_config(flags: dict, call: dict) -> dict:
     left_out = (*NOT_RECORDED, *models.CALL_FLAGS)
     config = {name: value for name, value in flags.items() if name not in left_out}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    config |= dict(model=models.portable_name(flags["model"]), call=call)
+    model, revision = models.address(models.portable_name(flags["model"]))
+    config |= dict(model=model, revision=revision, call=call)
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)
@@ -240,9 +267,42 @@ def erased_config(folder: Path) -> dict:
     return config
 
 
-def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: int) -> None:
+def pinned_model(model: str, out_dir: Path, resume: bool) -> str:
+    """--model with the commit that main is now, or was when the run that goes on began."""
+    before = read_config(out_dir) if resume else {}
+    if before.get("revision") and before.get("model") == model:
+        model = models.recorded(before)
+    return models.pinned(model)
+
+
+def disk_of(folder: Path) -> tuple[int, int]:
+    """(which disk it is or will be on, free bytes there)."""
+    folder = folder.absolute()
+    home = next(path for path in (folder, *folder.parents) if path.exists())
+    return home.stat().st_dev, shutil.disk_usage(home).free
+
+
+def check_disk(out_dir: Path, form: str, sizes: dict) -> None:
+    """Raises UserError unless there is room for what comes from the hub and for what --save writes.
+    sizes: models.stored_bytes."""
+    cache = Path(constants.HF_HUB_CACHE)
+    of_cache, of_out_dir = disk_of(cache), disk_of(out_dir)
+    written = dict(mask=0, pipeline=sizes["all"]).get(form, sizes["transformer"]) + 2**26
+    if of_cache[0] == of_out_dir[0]:
+        written += sizes["download"]
+    for flag, needed, free, advice in (
+        ("--model", sizes["download"], of_cache[1], f"HF_HOME names another disk than {cache}"),
+        ("--out_dir", written, of_out_dir[1], "--save mask needs little"),
+    ):
+        if free < needed:
+            found = f"{free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed"
+            raise UserError(f"{flag}: {found}; {advice}")
+
+
+def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others: dict) -> None:
     """Raises UserError unless out_dir is new or empty, or, to resume, holds an unfinished run of
-    the same command; and unless the disk has room for what it writes, in bytes. Then claims it."""
+    the same command; and unless the disks have room. Then claims it. others: {other part:
+    parameters}."""
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir: {out_dir} is a file")
     is_begun = out_dir.is_dir() and visible(out_dir)
@@ -260,9 +320,5 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: in
         if (out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {out_dir} is finished")
     claim(out_dir)
-    needed = 2**26 + (transformer_size if config["save"] == "full" else 0)
-    home = next(p for p in (out_dir.absolute(), *out_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(home).free
-    if free < needed:
-        found = f"{free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed"
-        raise UserError(f"--out_dir: {found}; --save mask needs little")
+    sizes = models.stored_bytes(models.recorded(config), transformer, others)
+    check_disk(out_dir, config["save"], sizes)

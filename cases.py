@@ -48,11 +48,11 @@ def read_subject(paths: list[Path], concept, model, flags: dict) -> Subject:
         if "concept" in found and not config:
             config = found
     concept = concept or config.get("concept")
-    model = model or config.get("model")
+    model = model or models.recorded(config)
     for flag, value in (("concept", concept), ("model", model)):
         if not value:
             raise UserError(f"--{flag}: needed, {paths[0]}/config.json does not say it")
-    model = models.local_name(model)
+    model = models.pinned(models.local_name(model))
     call = dict(config.get("call", {}))
     call |= {name: value for name, value in flags.items() if value is not None}
     return Subject(concept, model, models.sampler_call(model, models.pipeline_class(model), **call))

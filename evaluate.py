@@ -277,7 +277,7 @@ def parse_args(argv=None):
         raise UserError("--where: goes with --prompts")
     args.device = args.device or models.default_device()
     if args.filter and not args.model:
-        args.model = models.TINY if args.device == "cpu" else models.SCHNELL
+        args.model = models.default_model(args.device)
     return args
 
 
@@ -298,7 +298,7 @@ def run(args) -> None:
         check_writable(args.filter.parent)
         subject = read_subject([], args.concept, args.model, flags(*models.CALL_FLAGS))
         panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
-        pipe = load_base(subject.model, "cpu", dtype)
+        pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
         batch = args.batch or (32 if models.is_embedded(subject.model) else 4)
         how = dict(call=subject.call, batch=batch, device=args.device)
         write_pairs(args.filter, args.prompts, read_words(subject), panel, pipe, **how)
@@ -329,7 +329,7 @@ def run(args) -> None:
         if args.nudenet or args.nudenet_v2 or "nudity" in words.concepts:
             panel = panel._replace(nudenet=NudeNet(args.nudenet_v2))
 
-        pipe = load_base(subject.model, "cpu", dtype)
+        pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
         weights = " ".join(fingerprints(pipe).values())
         columns = [Column("base", out_dir / "base", lambda pipe=pipe: pipe, weights=weights)]
         columns += [make_column(path, out_dir, pipe) for path in paths]

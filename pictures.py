@@ -130,7 +130,8 @@ pipe("a photo", {call}).images[0]
 `mask.safetensors` is the mask alone and fits only base weights with these fingerprints: {base};
 `config.json` is the exact run; `preview.png` shows same-seed pairs on test prompts, which were
 never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the
-optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained.
+optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained, and beside
+`model_index.json` the whole folder by DiffusionPipeline.from_pretrained.
 """
 
 

@@ -7,8 +7,6 @@ import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 import models
 from cases import Case, listed
 from columns import Column
@@ -131,9 +129,6 @@ def counts(numbers: dict, word: str = "") -> str:
 
 def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
     """What results.json says of where the pictures come from. files: of prompts."""
-    cached = None
-    if not Path(model).exists():
-        cached = try_to_load_from_cache(model, "model_index.json")
     prompts = {}
     for case in cases:
         prompts.setdefault(case.set, []).append(case.prompt)
@@ -142,7 +137,7 @@ def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
         digests[models.portable_name(str(file))] = hashlib.sha256(file.read_bytes()).hexdigest()
     libraries = ("torch", "diffusers", "transformers", "torchmetrics")
     return dict(
-        model_revision=Path(cached).parent.name if isinstance(cached, str) else None,
+        model_revision=models.address(model)[1],
         pictures={name: len(texts) for name, texts in prompts.items()},
         different_prompts={name: len(set(texts)) for name, texts in prompts.items()},
         cases_sha256=hashlib.sha256(json.dumps(listed(cases)).encode()).hexdigest(),

@@ -17,8 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import httpx2
+import huggingface_hub.errors as hub_errors
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import artefacts
@@ -28,6 +31,7 @@ import families
 import models
 import pictures
 import promptfiles
+import report
 from artefacts import listing, read_metrics
 from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
@@ -64,13 +68,17 @@ def losses_in(folder) -> list[float]:
 
 @pytest.mark.parametrize("gate", erase.START)
 def test_relaxations(gate):
-    """At its start a gate is 1 to the last bit, and a fifth of the hard-concrete ones, all others,
-    get a gradient; gates lie in [0, 1] and rise with the logit; one near 0 gets a gradient."""
+    """At its start a gate is 1 to the last bit, but with their noise a fifth of the hard-concrete
+    ones are less; these but the zeros, and all of other kinds, get a gradient; gates lie in [0, 1]
+    and rise with the logit; one near 0 gets a gradient."""
     start = torch.full((100_000,), erase.START[gate], requires_grad=True)
     assert (erase.relax(start, gate, 0.0) == 1).all()
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    erase.relax(start, gate, 0.0, uniform.clamp(1e-6, 1 - 1e-6)).sum().backward()
+    noisy = erase.relax(start, gate, 0.0, uniform.clamp(1e-6, 1 - 1e-6))
+    noisy.sum().backward()
     share = (start.grad != 0).float().mean()
+    less = (noisy < 1).float().mean()
+    assert 0.19 < less < 0.205 if gate == "hard_concrete" else less == 0
     assert 0.15 < share < 0.22 if gate == "hard_concrete" else share == 1
     logits = torch.linspace(-6, 6, 25).requires_grad_()
     gates = erase.relax(logits, gate, 0.0, torch.full((25,), 0.5))
@@ -115,6 +123,31 @@ def test_harm_is_what_closing_a_gate_a_little_does(pipe, monkeypatch):
         with torch.no_grad():
             exact = erase.case_errors(pipe, case, [erase.TRAIN_NOISE], **how).item() / 0.02**2
         assert abs(harm[name].max().item() / exact - 1) < 0.25, (name, harm[name].max(), exact)
+
+
+def test_processes_share_the_draws_of_harm(pipe, monkeypatch):
+    """What two or three processes find of 5 draws adds up to what one finds, each drawing only its
+    share of the pictures."""
+    sites = gate_sites(pipe.transformer)
+    drawn = []
+    rollout = erase.rollout
+
+    def counted(pipe, prompts, *args, **call):
+        drawn.append(len(prompts))
+        return rollout(pipe, prompts, *args, **call)
+
+    def harm(rank, count):
+        monkeypatch.setattr(erase, "processes", lambda: (rank, count))
+        found = erase.harm_of_closing(pipe, RETAIN, sites, call=SMALL, draws=5, micro_batch=2)
+        return torch.cat(list(found.values()))
+
+    monkeypatch.setattr(erase, "rollout", counted)
+    monkeypatch.setattr(erase.dist, "all_reduce", lambda harm: None)
+    one = harm(0, 1)
+    for count in (2, 3):
+        drawn.clear()
+        assert torch.allclose(sum(harm(rank, count) for rank in range(count)), one, rtol=1e-3)
+        assert sum(drawn) == 5
 
 
 def test_hooks_and_fold_by_hand():
@@ -198,6 +231,104 @@ def test_sampler_arguments_and_prompts():
         erase.rollout(pipe, ["a new one"], [1], **call)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache with two commits of a/b, which main moves between: hub(commit)."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--a--b"
+    for commit in HUB_COMMITS:
+        shutil.copytree(models.TINY, repository / "snapshots" / commit, copy_function=os.symlink)
+    file = repository / "snapshots" / HUB_COMMITS[1] / SAVED
+    weights = {name: weight * 1.01 for name, weight in load_file(file).items()}
+    file.unlink()
+    save_file(weights, file)
+    (repository / "refs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return lambda commit: (repository / "refs/main").write_text(commit)
+
+
+HUB_COMMITS = ("0" * 40, "1" * 40)
+SAVED = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def test_revision_is_found_once(hub, tmp_path, capsys):
+    """A run on a hub's model keeps the commit that main is at its start, when main moves: what it
+    wrote, a resumed run and an evaluation are of it; id@revision asks for one."""
+    hub(HUB_COMMITS[0])
+    out = tmp_path / "out"
+    files = dict(prompts="0,a gun,nothing,1,train", retain="0,a cat,,1,train")
+    for name, row in files.items():
+        (tmp_path / name).write_text(f"{HEADER}{row}\n")
+    line = f"--model a/b --prompts {tmp_path}/prompts --retain {tmp_path}/retain --device cpu"
+    line += " --concept gun --preset tiny --steps 1 --batch 1 --retain_batch 1 --harm 0 --lr_ffn 9"
+    line += f" --out_dir {out}"
+    line = [*line.split(), *[f"--{name}={value}" for name, value in SMALL.items()]]
+    assert erase.main(line) == 0
+    hub(HUB_COMMITS[1])
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model"], config["revision"]) == ("a/b", HUB_COMMITS[0])
+    loaded = erase.load_erased(out, "cpu")
+    old, new = (models.load_pipeline(f"a/b@{commit}", "cpu") for commit in HUB_COMMITS)
+    mask = erase.load_mask(out / "mask.safetensors", old)
+    assert torch.equal(final(loaded, SMALL), final(old, SMALL, mask))
+    assert not torch.equal(final(old, SMALL), final(new, SMALL))
+    subject = cases.read_subject([out], None, None, {})
+    assert subject.model == f"a/b@{HUB_COMMITS[0]}"
+    assert report.provenance(subject.model, [], [])["model_revision"] == HUB_COMMITS[0]
+    written = load_file(out / SAVED)
+    (out / "mask.safetensors").unlink()
+    assert erase.main([*line, "--resume"]) == 0
+    again = load_file(out / SAVED)
+    assert all(torch.equal(again[name], written[name]) for name in written)
+    assert models.pinned("a/b") == models.pinned("a/b@main") == f"a/b@{HUB_COMMITS[1]}"
+    (out / "mask.safetensors").unlink()
+    line[1] = f"a/b@{HUB_COMMITS[1]}"
+    capsys.readouterr()
+    assert erase.main([*line, "--resume"]) == 2
+    assert "--resume: --revision was 000" in capsys.readouterr().err
+
+
+def hub_error(kind, status):
+    request = httpx2.Request("GET", "https://huggingface.co/a/c")
+    return kind("no", response=httpx2.Response(status, request=request))
+
+
+HUB_ERRORS = [
+    (hub_error(hub_errors.GatedRepoError, 401), "gated: accept its licence on https://hugg"),
+    (hub_error(hub_errors.HfHubHTTPError, 403), "is gated: .*/a/c, then `hf auth login`"),
+    (hub_error(hub_errors.RepositoryNotFoundError, 404), "is no folder, and not on the hub or"),
+    (hub_error(hub_errors.HfHubHTTPError, 401), "private; if private, first `hf auth login`"),
+    (hub_error(hub_errors.RevisionNotFoundError, 404), "has no revision v9 on the hub"),
+    (hub_error(hub_errors.RemoteEntryNotFoundError, 404), "is not a diffusers pipeline: wrapped"),
+    (hub_error(hub_errors.HfHubHTTPError, 500), "hub's cache, and the hub is not reached"),
+    (httpx2.ConnectError("no network"), "hub's cache, and the hub is not reached"),
+    (hub_errors.OfflineModeIsEnabled(), "hub's cache, and the hub is not reached"),
+    (None, "hub's cache, and the hub is not reached"),  # huggingface_hub's own
+]
+
+
+@pytest.mark.parametrize("error, message", HUB_ERRORS)
+def test_hub_errors(error, message, tmp_path, capsys, monkeypatch):
+    """What keeps a hub's model from loading is said in a line, exit code 2, also from under the
+    errors that diffusers makes of it."""
+
+    def fails(*_, **__):
+        try:
+            raise error
+        except Exception:
+            raise OSError("wrapped")  # with __context__
+
+    if error:
+        monkeypatch.setattr(models, "hf_hub_download", fails)
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", fails)
+    line = f"--model a/c@v9 --concept gun --device cpu --out_dir {tmp_path}/out"
+    assert erase.main(line.split()) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and len(printed.splitlines()) == 1, printed
+    with pytest.raises(UserError, match=message):
+        models.load_pipeline("a/c@v9", "cpu")
+
+
 SITE = "transformer_blocks.0.ff.net.2"
 FOREIGN_MASKS = [
     (dict(format="npz"), {}, "its format is npz, not"),
@@ -253,9 +384,9 @@ DAMAGED_PARTS = [  # of tiny/flux: one of its weights, how many rows are left of
     ("text_encoder_2", ATTENTION, 0, f"has no weights for {ATTENTION}"),
     ("text_encoder_2", ATTENTION, 5, rf"{ATTENTION} of \(5, 128\), not \(128, 128\)"),
     ("vae", "decoder.conv_in.bias", 0, "has no weights for decoder.conv_in.bias"),
-    ("vae", "decoder.conv_in.bias", 5, "cannot load .* shape"),
+    ("vae", "decoder.conv_in.bias", 5, "does not load.* shape"),
     ("transformer", "x_embedder.bias", 0, "has no weights for x_embedder.bias"),
-    ("transformer", "x_embedder.bias", 5, "cannot load .* shape"),
+    ("transformer", "x_embedder.bias", 5, "does not load.* shape"),
 ]
 
 
@@ -329,6 +460,74 @@ def test_saving_folds_the_stored_files(dtype, shard, tmp_path):
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
     assert listing(out) == "config.json diffusion_pytorch_model.safetensors"
     assert listing(out.parent) == "transformer"
+
+
+def test_other_forms_of_saving(tmp_path):
+    """--save pipeline: stock diffusers opens the whole folder and draws what load_erased draws,
+    also with links in the base's folder, as in the hub's cache. --save single: the folded weights
+    under diffusers' names in one file. --save mask: nothing."""
+    pipe, call = families.flux_dev()
+    base, kind = tmp_path / "base", type(pipe)
+    pipe.save_pretrained(base)
+    weights = base / "text_encoder/model.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    mask = random_mask(pipe.transformer, ("ffn",))
+    about = (artefacts.fingerprints(pipe), ["ffn"])
+    config = dict(model=str(base), concept=["gun"], modules=["ffn"], call=SMALL)
+    for form in ("pipeline", "single", "mask"):
+        out = tmp_path / form
+        out.mkdir()
+        artefacts.save_as(form, str(base), kind, mask, out)
+        artefacts.write_json(out / "config.json", config)
+        artefacts.save_mask(out / "mask.safetensors", mask, *about)
+    assert listing(tmp_path / "mask") == "config.json mask.safetensors"
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    found = erase.load_erased(tmp_path / "mask", "cpu")
+    assert torch.equal(final(opened, call), final(found, call))
+    assert not torch.equal(final(opened, call), final(pipe, call))
+    assert not any(file.is_symlink() for file in (tmp_path / "pipeline").rglob("*"))
+    assert listing(tmp_path / "single") == "config.json mask.safetensors transformer.safetensors"
+    single = load_file(tmp_path / "single/transformer.safetensors")
+    wanted = found.transformer.state_dict()
+    assert single.keys() == wanted.keys()
+    assert all(torch.equal(single[name], weight) for name, weight in wanted.items())
+
+
+GB = 10**9
+ROOM = [  # free bytes of cache and out_dir, whether on one disk, --save, message
+    ((30 * GB, 30 * GB), False, "full", None),
+    ((19 * GB, 90 * GB), False, "mask", "--model: 17.70 GiB free, 18.63 needed; HF_HOME"),
+    ((30 * GB, 5 * GB), False, "full", "--out_dir: .* 9.38 needed; --save mask needs little"),
+    ((30 * GB, 20 * GB), False, "pipeline", "--out_dir: .* 19.62 needed"),
+    ((30 * GB, 30 * GB), True, "full", "--out_dir: .* 28.00 needed"),
+    ((30 * GB, 30 * GB), True, "mask", None),
+]
+
+
+@pytest.mark.parametrize("free, one_disk, form, message", ROOM)
+def test_room_on_the_disks(free, one_disk, form, message, hub, tmp_path, monkeypatch):
+    """For what --save writes and for what the hub has yet to send, which is what diffusers reads:
+    no variants, no single files, nothing that is in the cache."""
+    hub(HUB_COMMITS[0])
+    sizes = {
+        SAVED: GB,  # is there
+        "transformer/diffusion_pytorch_model-00002-of-00002.safetensors": 9 * GB,
+        "text_encoder_2/model-00002-of-00002.safetensors": 11 * GB,
+        "text_encoder_2/model.fp16.safetensors": GB,
+        "vae/diffusion_pytorch_model.bin": GB,
+        "flux1-schnell.safetensors": 24 * GB,
+    }
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(siblings=files)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda *_, **__: info)
+    meta = torch.nn.Linear(2, 3)
+    sizes = models.stored_bytes(models.pinned("a/b"), meta, dict(text_encoder_2=9, vae=9))
+    assert sizes == dict(transformer=10 * GB, all=21 * GB, download=20 * GB)
+    disks = dict(hub=(0, free[0]), out=(0 if one_disk else 1, free[1]))
+    monkeypatch.setattr(artefacts, "disk_of", lambda folder: disks[folder.name])
+    with pytest.raises(UserError, match=message) if message else ExitStack():
+        artefacts.check_disk(tmp_path / "out", form, sizes)
 
 
 def test_saving_holds_few_weights_in_memory(tmp_path):
@@ -603,7 +802,11 @@ def test_dry_run_and_paper_preset(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "7,168 gates in 12 layers; 20 concept pairs" in printed
     assert json.loads(printed[printed.index("{") :])["call"] == CALL
+    assert "preset tiny; " in printed
     assert not (tmp_path / "out").exists()
+    assert erase.main([*QUICK, "--dry_run", "--preset", "paper"]) == 0
+    cost = "preset paper (--preset tiny keeps far more other things: RESULTS.md); 7,168 gates"
+    assert cost in capsys.readouterr().out
     paper = dict(preset="paper", gate="hard_concrete", lr_ffn=0.5, lr_norm=0.5, weight_decay=0.01)
     paper |= dict(beta=0.01, batch=4, steps=400, hard=0, max_closed=1, harm=0, lr_decay=0)
     for flags in ("tiny/flux --preset paper", f"{models.SCHNELL} --preset paper", models.SCHNELL):

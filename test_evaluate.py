@@ -314,16 +314,17 @@ def test_folders_and_files_are_claimed_and_written_whole(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_atomically(file, lambda path: path.write_text(f"new {1 / 0}"))
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    config, transformer = dict(model="tiny/flux", save="mask"), torch.nn.Linear(1, 1)
     new, empty = tmp_path / "new", tmp_path / "empty"
     (empty / f"{UNFINISHED}x").mkdir(parents=True)
     for folder in (new, empty):
         for resume in (False, True):
-            check_folder(folder, dict(save="mask"), resume, 0)
+            check_folder(folder, config, resume, transformer, {})
             assert [path.name for path in folder.iterdir()] == [".lock"]
     release()
     assert not new.exists() and listing(empty) == ""
     with pytest.raises(UserError, match="no run to go on with in .*new"):
-        check_folder(new, dict(save="mask"), True, 0)
+        check_folder(new, config, True, transformer, {})
 
 
 SOFT = [(dict(gate="step"), 7168, "gate is 'step'"), (dict(max_closed="1"), 7168, "closed '1'")]
