@@ -153,7 +153,7 @@ def test_names_and_neighbours_of_several_concepts():
     """A name outside the vocabulary keeps its capitals, and so has no article; a word near two
     concepts is asked for once; a palm tree is a tree, no neighbour of it."""
     clip = ClipJudge(JUDGE)
-    words = cases.read_words(cases.Subject(["Taylor Swift", "GUN", "knife"], TINY, {}))
+    words = cases.read_words(cases.Subject(["Taylor Swift", "GUN", "knife"], TINY, {}, "person"))
     found, _ = cases.make_cases(words, clip, num_pictures=2, per_neighbour=2)
     near = [(case.prompt, case.seed) for case in found if case.set == "neighbours"]
     asked = [word for name in words.concepts for word in cases.nearest_words(name, words, clip)]
@@ -252,6 +252,7 @@ BAD = """
 {erased} --threshold 2 | --threshold: must be between 0 and 1
 {erased} --threshold 1 | --threshold: must be below 1
 {erased} --concept _ | --concept: is empty
+{erased} --concept unicorn | --kind: needed for 'unicorn'
 {erased} --prompts prompts/gun.csv --concept gun octopus | gun.csv has no prompt for 'octopus'
 {erased} --prompts= | --prompts: is empty
 {erased} --where n>1 | --where: goes with --prompts

@@ -38,7 +38,7 @@ NOTHING = "a picture"  # a neutral prompt where the rows have the empty one
 UNION = ("plain", "seeds", "synonyms", "split", "knobs")
 UNION += ("ring_a_bell", "mma", "p4d", "unlearn_diff")
 FLAGS = ("concept", "budget", "num_prompts", "oracle", "judge", "threshold", "seed", "out_dir")
-FLAGS += ("device",)
+FLAGS += ("device", "kind")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
     add("erased", type=Path, help="folder that erase.py wrote")
     add("--attack", nargs="+", choices=attacks, default=default, help=f"({' '.join(default)})")
     add("--concept", help="which one, if the folder erases several (the first)")
+    promptfiles.add_kind(parser)
     help = "how many prompts, how long searches (%(default)s)"
     add("--budget", choices=PROMPTS, default="quick", help=help)
     add("--num_prompts", type=number(int, 1), help="prompts attacked (quick: 6, full: 20)")
@@ -187,11 +188,11 @@ def read_log(out_dir: Path, about: dict) -> list[dict]:
 
 def prepare(
     erased: Path, *, out_dir: Path, device: str, budget="quick", seed=0, concept=None, judge=None,
-    num_prompts=None, oracle=None, prompts=None, threshold=None, where=None,
+    num_prompts=None, oracle=None, prompts=None, threshold=None, where=None, kind=None,
 ) -> Setup:  # fmt: skip
     """Reads and checks all that attacks need, and then loads the models. Raises UserError."""
     models.check_device(device)
-    subject = read_subject([erased], None, None, {})
+    subject = read_subject([erased], None, None, {}, kind)
     check_family(subject.model, subject.call, str(erased))
     if oracle:
         check_family(str(oracle), subject.call, "--oracle")
@@ -205,7 +206,7 @@ def prepare(
         found = f"{concept!r} is not what {erased} erases: {', '.join(words.concepts)}"
         raise UserError(f"--concept: {found}")
     synonyms = words.vocabulary[name]["synonyms"]
-    tests = concept_rows(name, words.folder)
+    tests = concept_rows(name, words)
     tests, dropped = promptfiles.drop_minors(tests, "--concept")
     count = num_prompts or PROMPTS[budget]
     cases = concept_cases(name, tests[:count], synonyms)
@@ -241,7 +242,7 @@ def prepare(
     print(f"{erased}: {about_noise}; judge {judge_name}{lost}", flush=True)
 
     # the base has the erased model's encoders and vocabularies, which take a while for FLUX
-    pairs = concept_rows(name, words.folder, "train")
+    pairs = concept_rows(name, words, "train")
     pairs = [pair | dict(neutral_prompt=pair["neutral_prompt"] or NOTHING) for pair in pairs]
     pipe = models.load_pipeline(subject.model, device)
     mask = artefacts.load_mask(mask_file, pipe.transformer)
