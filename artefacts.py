@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import models
-from safely import UserError, first_line, number, write_atomically
+from safely import UserError, check_regular, first_line, number, write_atomically
 from sites import fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 2"
@@ -127,6 +127,7 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
     path = folder / "state.safetensors"
     if not path.exists():
         return 0, {}
+    check_regular(path, "--resume")
     try:
         with safe_open(path, "pt") as f:
             step = int(f.metadata()["step"])
@@ -148,7 +149,9 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
 def read_metrics(folder: Path, rows: int | None = None) -> list[dict]:
     """The first rows of metrics.jsonl, without what a kill left of a last one."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    check_regular(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
     return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
 
 
@@ -158,8 +161,8 @@ def open_folder(folder: Path, config: dict, step: int):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder, step))
-    write_atomically(folder / "metrics.jsonl", lambda temporary: temporary.write_text(kept))
-    log = open(folder / "metrics.jsonl", "a")
+    write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(kept, "utf-8"))
+    log = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def on_step(metrics: dict, state: dict) -> None:
         log.write(json.dumps(metrics) + "\n")

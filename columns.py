@@ -137,7 +137,8 @@ def check_columns(columns: list[Column], cases: list[Case], listings: dict, size
     for column in columns:
         file = column.folder / "cases.json"
         if column.load and any(column.folder.glob("*/*.png")):
-            if not file.is_file() or json.loads(file.read_text()) != listings[column.name]:
+            text = file.read_text(encoding="utf-8") if file.is_file() else "null"
+            if json.loads(text) != listings[column.name]:
                 found = f"{column.folder} holds pictures of other prompts, sizes or weights"
                 raise UserError(f"--out_dir: {found}; delete it or choose another folder")
     for column in columns:

@@ -52,12 +52,12 @@ CALLS = {
 }
 # Flags that go to the sampler, under diffusers' own names.
 CALL_FLAGS = dict(
-    num_inference_steps=number(int, 1),
+    num_inference_steps=number(int, 1, 1000),
     guidance_scale=number(float, 0),
     true_cfg_scale=number(float, 0),
     negative_prompt=str,
-    height=number(int, 16, multiple=16),
-    width=number(int, 16, multiple=16),
+    height=number(int, 16, 8192, 16),
+    width=number(int, 16, 8192, 16),
     max_sequence_length=number(int, 1, 512),
 )
 # Texts that encode_prompt takes, one a picture; Lumina 2 has a system_prompt for all.
@@ -114,18 +114,20 @@ def check_device(device: str) -> None:
         raise UserError(f"--device: {device}: {first_line(error)}") from None
 
 
-def pipeline_class(model: str) -> type:
+def pipeline_class(model: str, flag: str = "--model") -> type:
     """The pipeline's class, from its model_index.json alone. Raises UserError naming what it lacks
     of what this kit drives: a transformer, encode_prompt, a callback, final latents."""
+    if Path(model).exists() and not Path(model).is_dir():
+        wanted = "a hub id, or a folder with a model_index.json, as diffusers saves a pipeline"
+        raise UserError(f"{flag}: {model} is a file; wanted is {wanted}")
     try:
         name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
     except LOADING_ERRORS as error:
-        raise UserError(
-            f"--model: {model} is not a diffusers pipeline: {first_line(error)}"
-        ) from None
+        what = f"{model} is not a diffusers pipeline: {first_line(error)}"
+        raise UserError(f"{flag}: {what}") from None
     kind = getattr(diffusers, str(name), None)
     if kind is None:
-        raise UserError(f"--model: {model} is a {name}, which this diffusers does not have")
+        raise UserError(f"{flag}: {model} is a {name}, which this diffusers does not have")
     parts = inspect.signature(kind.__init__).parameters
     accepts = inspect.signature(kind.__call__).parameters
     lacking = [part for part in ("transformer", "vae", "scheduler") if part not in parts]
@@ -139,7 +141,7 @@ def pipeline_class(model: str) -> type:
     if not hasattr(kind.__call__, "__wrapped__"):
         lacking.append("torch.no_grad() around its __call__ that could be taken off")
     if lacking:
-        raise UserError(f"--model: {model} is a {name}, which has no {lacking[0]}")
+        raise UserError(f"{flag}: {model} is a {name}, which has no {lacking[0]}")
     return kind
 
 

@@ -51,7 +51,7 @@ def open_pictures(files) -> list:
 
 def check_picture(file: Path, size: tuple | None = None) -> None:
     """Raises UserError if the file is missing, damaged or of another size (width, height)."""
-    if not file.exists():
+    if not file.is_file():
         raise UserError(f"{file}: no such picture")
     try:
         with Image.open(file) as picture:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from safely import UserError, first_line, number
+from safely import UserError, check_regular, first_line, number
 
 FLAGS = ("concept", "kind", "neutral", "prompts", "retain", "num_prompts")
 KINDS = ("object", "style", "person")
@@ -59,13 +59,14 @@ def check_row(row: dict, columns) -> None:
         raise ValueError("prompt is empty")
     if "neutral_prompt" in columns and row["prompt"] == row["neutral_prompt"]:
         raise ValueError("prompt and neutral_prompt are the same")
-    if not re.fullmatch(r"\d{1,18}", row["evaluation_seed"]):
+    if not re.fullmatch(r"[0-9]{1,18}", row["evaluation_seed"]):
         raise ValueError(f"evaluation_seed is {row['evaluation_seed']!r}, not a whole number")
 
 
 def read_rows(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
     """Rows of a prompt CSV, evaluation_seed as a number. Raises UserError with column or line."""
     rows = []
+    check_regular(path, flag)
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, strict=True)
@@ -268,6 +269,8 @@ def read_table(source: str, has_header: bool, flag: str):
 
     is_hub = source.startswith("hf:")
     is_csv = Path(source).suffix == ".csv"
+    if not is_hub:
+        check_regular(Path(source), flag)
     try:
         if is_hub:
             from datasets import load_dataset
@@ -312,7 +315,7 @@ def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
     if named_seeds:
         seeds = table[named_seeds[0]]
         for seed in seeds:
-            if not re.fullmatch(r"\d{1,18}", str(seed)):
+            if not re.fullmatch(r"[0-9]{1,18}", str(seed)):
                 raise UserError(f"{flag}: {source}: {seeds.name} {seed!r} is not a whole number")
         table["evaluation_seed"] = seeds.astype(int)
     else:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -50,17 +49,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
-        raise UserError(message)
+        raise UserError(message[:300])
 
 
-def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
-    """For argparse's `type`: an int or a finite float between low and high."""
+def number(kind: type, low: float, high: float = 10**6, multiple: int = 1):
+    """For argparse's `type`: an int or a float between low and high, in plain digits."""
 
     def parse(text: str):
+        if "_" in text or not text.isascii():  # which int() and float() would take
+            raise ValueError
         value = kind(text)
-        fits = low <= value <= high and math.isfinite(value)
-        if not fits or (multiple > 1 and value % multiple):
-            limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        if not low <= value <= high or (multiple > 1 and value % multiple):
+            limit = f"between {low} and {high:,}"
             if multiple > 1:
                 limit += f" and a multiple of {multiple}"
             raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
@@ -68,6 +68,13 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
 
     parse.__name__ = kind.__name__  # argparse names it when kind(text) itself fails
     return parse
+
+
+def check_regular(path: Path, flag: str = "") -> None:
+    """Raises UserError for what is there and is no regular file: reading a pipe would wait for
+    ever, a device might never end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag}: {path} is no regular file".removeprefix(": "))
 
 
 def write_atomically(path: Path, write) -> None:

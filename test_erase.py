@@ -435,6 +435,11 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def pipe_at(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 NAN, FEW = torch.full((7168,), math.nan), torch.ones(3)
 DAMAGE = [
     (lambda f: change(f, logits=NAN), [], "state.safetensors is damaged (it holds NaN)"),
@@ -444,6 +449,8 @@ DAMAGE = [
     (lambda f: change(f, "-1"), [], "state.safetensors is of step -1, --steps is 4"),
     (lambda f: change(f, "x"), [], "state.safetensors is damaged (invalid literal"),
     (lambda f: cut(f / "state.safetensors", 999), [], "state.safetensors is damaged ("),
+    (lambda f: pipe_at(f / "state.safetensors"), [], "state.safetensors is no regular file"),
+    (lambda f: pipe_at(f / "metrics.jsonl"), [], "metrics.jsonl is no regular file"),
     (lambda f: cut(f / "metrics.jsonl", -9), [], "metrics.jsonl has 3 rows, "),
     (lambda f: (f / "config.json").write_text("[]"), [], "config.json: is not a JSON object"),
     (lambda f: cut(f / "config.json", 99), [], "config.json: "),
@@ -465,15 +472,24 @@ def test_damaged_runs_are_refused(damage, flags, message, erased, tmp_path, caps
 
 
 BAD = [
-    ("--steps 0", "--steps: must be at least 1, not 0"),
-    ("--batch -1", "--batch: must be at least 1"),
-    ("--beta -1", "--beta: must be at least 0"),
+    ("--steps 0", "--steps: must be between 1 and 1,000,000, not 0"),
+    ("--batch -1", "--batch: must be between 1 and "),
+    ("--beta -1", "--beta: must be between 0 and "),
     ("--beta much", "--beta: invalid float value: 'much'"),
-    ("--harm nan", "--harm: must be at least 0, not nan"),
-    ("--lr_ffn inf", "--lr_ffn: must be at least 0, not inf"),
+    ("--harm nan", "--harm: must be between 0 and 1,000,000, not nan"),
+    ("--lr_ffn inf", "--lr_ffn: must be between 0 and 1,000,000, not inf"),
+    ("--lr_norm 1e308", "--lr_norm: must be between 0 and 1,000,000, not 1e308"),
+    ("--steps 1_000", "--steps: invalid int value: '1_000'"),
+    (f"--steps {10**18}", "--steps: must be between 1 and 1,000,000, not 1000000000000000000"),
+    (f"--batch {'9' * 5000}", "--batch: invalid int value: '99"),
+    ("--seed ٣", "--seed: invalid int value: '٣'"),
+    ("--seed 2147483648", "--seed: must be between 0 and 2,147,483,647, not 2147483648"),
+    ("--num_inference_steps 1001", "--num_inference_steps: must be between 1 and 1,000"),
+    ("--width 999999984", "--width: must be between 16 and 8,192 and a multiple of 16"),
+    ("--width 8192 --height 8192", "--checkpoint: none needs about"),
     ("--hard 1.5", "--hard: must be between 0 and 1, not 1.5"),
     ("--max_closed -0.1", "--max_closed: must be between 0 and 1, not -0.1"),
-    ("--height 60", "--height: must be at least 16 and a multiple of 16, not 60"),
+    ("--height 60", "--height: must be between 16 and 8,192 and a multiple of 16, not 60"),
     ("--max_sequence_length 513", "--max_sequence_length: must be between 1 and 512, not 513"),
     ("--modules ffn bias", "argument --modules: invalid choice: 'bias'"),
     ("--gate step", "argument --gate: invalid choice: 'step'"),
@@ -488,7 +504,11 @@ BAD = [
     ("--neutral 'a toy gun'", "--neutral: 'a toy gun' contains the concept"),
     ("--neutral x --prompts prompts/tiny/gun.csv", "--neutral: goes with template prompts"),
     ("--model prompts", "--model: prompts is not a diffusers pipeline: "),
+    ("--model LICENSE", "--model: LICENSE is a file; wanted is a hub id, or a folder with a"),
+    ("--model /dev/null", "--model: /dev/null is a file; wanted is a hub id, or a folder with a"),
     ("--model tiny/judge", "--model: tiny/judge is not a diffusers pipeline: "),
+    ("--prompts /dev/zero", "--prompts: /dev/zero is no regular file"),
+    ("--retain prompts", "--retain: prompts is no regular file"),
     ("--prompts none.csv", "--prompts: cannot read none.csv"),
     ("--retain LICENSE", "--retain: LICENSE has no column 'prompt'"),
     ("--out_dir prompts", "--out_dir: prompts is not empty"),

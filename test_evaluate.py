@@ -1,6 +1,7 @@
 """pytest on a CPU, no network. Oracles: independent counts, the stock pipeline, the run itself."""
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -241,7 +242,7 @@ def test_filter_keeps_the_pairs_that_show_the_concept(tmp_path, capsys):
 
 # Arguments | message; --out_dir comes before, and is taken where there is no other.
 BAD = """
-{erased} --num_pictures 0 | --num_pictures: must be at least 1
+{erased} --num_pictures 0 | --num_pictures: must be between 1 and
 {erased} --num_pictures 20 | --fid: 20 pictures, but covariances of 128 features need more
 {erased} --judge no/such | --judge: cannot load no/such
 {erased} --judge tiny/flux/text_encoder_2 | is a t5, which neither compares pictures with texts
@@ -254,6 +255,12 @@ BAD = """
 {erased} --concept _ | --concept: is empty
 {erased} --concept unicorn | --kind: needed for 'unicorn'
 {erased} --prompts prompts/gun.csv --concept gun octopus | gun.csv has no prompt for 'octopus'
+{erased} --prompts {bad}/pipe.csv | pipe.csv is no regular file
+{erased} --retain /dev/zero | --retain: /dev/zero is no regular file
+{erased} --nudenet_v2 {bad}/pipe.csv | --nudenet_v2: {bad}/pipe.csv is no regular file
+{erased} --num_pictures 1e3 | --num_pictures: invalid int value
+{erased} --threshold nan | --threshold: must be between 0 and 1, not nan
+{erased} --model LICENSE | LICENSE is a file; wanted is a hub id
 {erased} --prompts= | --prompts: is empty
 {erased} --where n>1 | --where: goes with --prompts
 {erased} --retain {bad}/minors.csv | --retain: no prompt is left after dropping those about minors
@@ -306,6 +313,7 @@ def bad(erased, tmp_path_factory):
     }.items():
         (bad / name).write_text(text)
     save_mask(bad / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123", ["ffn"])
+    os.mkfifo(bad / "pipe.csv")
     Image.effect_noise((64, 64), 50).save(bad / "real/a.jpg")
     (bad / "real/b.jpg").write_bytes((bad / "real/a.jpg").read_bytes()[:1000])
     families.z_image()[0].save_pretrained(bad / "z_image")
@@ -321,4 +329,5 @@ def test_bad_input(line, erased, bad, tmp_path, capsys):
     arguments, message = line.split("|")
     arguments = arguments.format(erased=erased, bad=bad, one=ONE).split()
     found = refused(capsys, "--device", "cpu", "--out_dir", tmp_path, *arguments)
-    assert message.strip() in found and not list(tmp_path.glob("**/*.png"))
+    message = message.strip().format(bad=bad)
+    assert message in found and not list(tmp_path.glob("**/*.png"))

@@ -28,7 +28,7 @@ from opened import COSTS, Model, check_family, spent
 from panel import load_panel
 from pictures import save_preview
 from report import layout
-from safely import Parser, UserError, number, write_atomically
+from safely import Parser, UserError, check_regular, number, write_atomically
 
 PROMPTS = dict(quick=6, full=20)  # prompts attacked, by --budget
 SEEDS = 4  # noises on which a string is judged
@@ -109,8 +109,8 @@ def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
     help = "a model trained without the concept: only what exceeds it is leakage"
     add("--oracle", type=Path, help=help)
     add("--judge", help="as in evaluate.py")
-    add("--threshold", type=float, help="as in evaluate.py")
-    add("--seed", type=int, default=0)
+    add("--threshold", type=number(float, 0, 1), help="as in evaluate.py")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     add("--out_dir", type=Path, help="(<erased>/attacks, <erased>/probes) the same command goes on")
     add("--device", default=models.default_device(), help="(%(default)s)")
     return parser
@@ -124,8 +124,8 @@ def parse(parser: Parser, argv, folder: str):
             raise UserError(f"{args.erased}: no {name}, so no finished erased model")
     if args.oracle and not (args.oracle / "model_index.json").is_file():
         raise UserError(f"--oracle: {args.oracle} is no diffusers pipeline")
-    if args.threshold is not None and not 0 <= args.threshold < 1:
-        raise UserError(f"--threshold: must be between 0 and 1, not {args.threshold}")
+    if args.threshold == 1:
+        raise UserError("--threshold: must be below 1: nothing scores above it")
     for flag in ("judge", "prompts", "where"):
         if vars(args).get(flag) == "":  # an unset variable of the shell, not a wish for the default
             raise UserError(f"--{flag}: is empty")
@@ -175,7 +175,8 @@ def open_judge(name: str | None, concept: str, model: str, device) -> tuple:
 def read_log(out_dir: Path, about: dict) -> list[dict]:
     """What is there, without what a killed run left of a last line. Raises UserError."""
     log = out_dir / "attacks.jsonl"
-    whole = log.read_text().rpartition("\n")[0] if log.is_file() else ""
+    check_regular(log)
+    whole = log.read_text(encoding="utf-8").rpartition("\n")[0] if log.is_file() else ""
     records = [json.loads(line) for line in whole.splitlines()]
     for record in records:
         for key, value in about.items():
@@ -277,13 +278,13 @@ def play(setup: Setup, jobs: list[Job]) -> None:
     setup.out_dir.mkdir(parents=True, exist_ok=True)
     log = setup.out_dir / "attacks.jsonl"
     lines = "".join(json.dumps(record) + "\n" for record in setup.records)
-    write_atomically(log, lambda temporary: temporary.write_text(lines))
+    write_atomically(log, lambda path: path.write_text(lines, "utf-8"))
     todo = []
     for job in jobs:
         cases = [c for c in job.cases if (job.attack, job.target, c.name) not in done]
         todo.append(job._replace(cases=cases))
     bar = tqdm(total=sum(len(job.cases) for job in todo), desc="attack")
-    with open(log, "a") as f:
+    with open(log, "a", encoding="utf-8") as f:
         for job in todo:
             bar.set_postfix_str(f"{job.attack} on {job.target}")
             play_case = None  # what the job before made goes before this makes its own

@@ -11,16 +11,21 @@ paths are nearly straight, as after a reflow.
 Shapes: pictures (B, 3, 64, 64) in [-1, 1]; latents (B, 16, 8, 8); packed latents (B, 16, 64).
 """
 
-import argparse
 import copy
 import itertools
 import json
 import math
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from safely import Parser, UserError, exit_code, number  # first: it keeps transformers quiet
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,7 +60,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-HERE = Path(__file__).parent
+from models import check_device
 
 
 def tensor(pictures) -> torch.Tensor:
@@ -289,7 +294,7 @@ def text_corpus() -> list[str]:
     rng = random.Random("tokenizers")
     corpus = [world.caption(world.sample_scene(rng), rng) for _ in range(20000)]
     for file in sorted(HERE.parent.glob("prompts/[!t]*.csv")):
-        corpus += file.read_text().splitlines()
+        corpus += file.read_text(encoding="utf-8").splitlines()
     return corpus
 
 
@@ -577,7 +582,7 @@ def encode_world(vae, work: Path, device, count: int, without) -> tuple[list, to
         packed = torch.load(file, weights_only=True)["latents"]
         if len(packed) != len(scenes):
             found = f"{file} holds {len(packed)} pictures, --pictures asks for {len(scenes)}"
-            raise SystemExit(f"{found}: delete it to encode anew")
+            raise UserError(f"{found}: delete it to encode anew")
         return scenes, packed
     latents = []
     for i in tqdm(range(0, len(scenes), 64), desc="encode pictures"):
@@ -686,7 +691,7 @@ def train_flow(
             twin.grad = None
         optimizers.step()
         if not math.isfinite(loss.item()):
-            raise SystemExit(f"flow loss is {loss.item()} at step {step}")
+            raise RuntimeError(f"flow loss is {loss.item()} at step {step}")
         share = 0.02 if step > start + 50 else 1 / (step - start + 1)
         average += (loss.item() - average) * share
         bar.set_postfix(loss=f"{average:.4f}")
@@ -701,9 +706,9 @@ def train_flow(
 STAGES = ("vae", "decoder", "judge", "flow")
 
 
-def parse_args():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    count, rate = number(int, 1), number(float, 0, 1)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     help = "flux/ and judge/ go here  (default: tiny/, with --without its work folder)"
@@ -716,22 +721,29 @@ def parse_args():
         "CUDA, or a CPU with AVX512-BF16; elsewhere float32)"
     )
     add("--dtype", choices=("float32", "bfloat16"), help=help)
-    add("--vae_steps", type=int, default=3000)
-    add("--decoder_steps", type=int, default=2000)
-    add("--judge_steps", type=int, default=3600)
-    add("--flow_steps", type=int, default=10000)
-    add("--pictures", type=int, default=80000, help="pictures drawn and encoded for the flow")
-    add("--muon_lr", type=float, default=3e-3)
-    add("--adam_lr", type=float, default=2e-3)
+    add("--vae_steps", type=count, default=3000)
+    add("--decoder_steps", type=count, default=2000)
+    add("--judge_steps", type=count, default=3600)
+    add("--flow_steps", type=count, default=10000)
+    add("--pictures", type=count, default=80000, help="pictures drawn and encoded for the flow")
+    add("--muon_lr", type=rate, default=3e-3)
+    add("--adam_lr", type=rate, default=2e-3)
     help = "begin with this folder's judge/ and flux/, e.g. tiny, and train both further"
     add("--init", type=Path, help=help)
     help = "leave these out of the flow's world, synonyms too"
     add("--without", nargs="*", default=(), metavar="CONCEPT", help=help)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.without) - set(world.THINGS) - set(world.STYLES)
     if unknown:
         names = ", ".join(sorted(unknown))
-        parser.error(f"--without: no such thing or style in the world: {names}")
+        raise UserError(f"--without: no such thing or style in the world: {names}")
+    if args.init and not (args.init / "flux").is_dir():
+        raise UserError(f"--init: no folder {args.init / 'flux'}")
+    for flag in ("out", "work"):
+        path = vars(args)[flag]
+        if path and path.exists() and not path.is_dir():
+            raise UserError(f"--{flag}: {path} is a file")
+    check_device(args.device)
     is_cpu = torch.device(args.device).type == "cpu"
     bf16 = not is_cpu or torch.cpu.get_capabilities().get("avx512_bf16", False)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if bf16 else "float32"))
@@ -745,8 +757,7 @@ def parse_args():
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def run(args) -> None:
     source = (args.init or HERE) / "flux"
     goes_on = args.init or args.without  # with the autoencoder and the tokens of source
     if goes_on and (source / "vae").resolve() != (args.out / "flux/vae").resolve():
@@ -772,5 +783,9 @@ def main() -> None:
         print(f"{stage}: {(time.time() - start) / 60:.1f} min", flush=True)
 
 
+def main(argv=None) -> int:
+    return exit_code("tiny/train.py", lambda: run(parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
