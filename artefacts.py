@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -111,6 +112,45 @@ def load_erased(folder, device=None, dtype=None):
     return pipe
 
 
+def base_of(model: str | None, device: str) -> tuple[str, str | None]:
+    """(the base model, the erased folder on which a run stands): of a model that is such a folder
+    its own base, of any other (model, None). Raises UserError for an unfinished one."""
+    model = models.default_model(device) if model is None else model
+    folder = Path(model)
+    config = read_config(folder) if model else {}
+    if "concept" not in config:
+        return model, None
+    if not (folder / "mask.safetensors").is_file():
+        raise UserError(f"--model: {folder}: no mask.safetensors, so no finished erased model")
+    if not isinstance(config.get("model"), str):
+        raise UserError(f"--model: {folder}/config.json names no base model")
+    return models.local_name(config["model"]), models.portable_name(model)
+
+
+def load_base(model: str, on: str | None, dtype) -> tuple:
+    """(the pipeline on the CPU, with what `on` closed folded in; the base weights' fingerprint;
+    (that mask, its modules), or ({}, []) without such a folder). Raises UserError."""
+    pipe = models.load_pipeline(model, "cpu", dtype)
+    base = fingerprint(pipe.transformer)
+    if not on:
+        return pipe, base, ({}, [])
+    path = Path(models.local_name(on)) / "mask.safetensors"
+    mask = load_mask(path, pipe.transformer)
+    fold(pipe.transformer, mask)
+    with safe_open(path, "pt") as f:
+        modules = json.loads(f.metadata()["mask"])["modules"]
+    return pipe, base, (mask, modules)
+
+
+def joined(mask: dict, modules: list, earlier: tuple) -> tuple[dict, list]:
+    """The mask and its modules with those of an earlier run: what either closes is closed."""
+    earlier_mask, earlier_modules = earlier
+    both = dict(earlier_mask)
+    for site, gate in mask.items():
+        both[site] = gate * earlier_mask.get(site, 1)
+    return both, list(dict.fromkeys([*modules, *earlier_modules]))
+
+
 def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
     """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
@@ -180,12 +220,28 @@ def listing(folder: Path) -> str:
     return " ".join(sorted(path.name for path in folder.iterdir()))
 
 
+def last_words(folder: Path, steps: int) -> str:
+    """What a finished run wrote, and what to do next."""
+    lines = [f"wrote {folder}/: {listing(folder)}"]
+    if steps < 200:
+        lines.append(f"after only {steps} steps few gates have closed yet: a trial, not a result")
+    preview = shlex.quote(str(folder / "preview.png"))
+    lines.append(f"next: look at {preview}, then python evaluate.py {shlex.quote(str(folder))}")
+    return "\n".join(lines)
+
+
 def run_config(flags: dict, call: dict) -> dict:
     """What config.json says of a run: its flags, with those of the sampler as one dict."""
     left_out = (*NOT_RECORDED, *models.CALL_FLAGS)
     config = {name: value for name, value in flags.items() if name not in left_out}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     config |= dict(model=models.portable_name(flags["model"]), call=call)
+    if flags["on"]:  # a second run: both concepts are gone, and the same mask is to be there again
+        folder = Path(models.local_name(flags["on"]))
+        before = read_config(folder)
+        config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
+        config["kind"] = flags["kind"] or before.get("kind")
+        config["on_mask"] = hashlib.sha256((folder / "mask.safetensors").read_bytes()).hexdigest()
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)

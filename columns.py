@@ -92,13 +92,19 @@ def random_mask(mask: dict, seed: int = 0) -> dict:
     return shuffled
 
 
-def soft_gates(folder: Path, transformer) -> dict:
-    """The relaxed gates as training left them, neither thresholded nor folded."""
+def soft_gates(folder: Path, mask: dict, transformer) -> dict:
+    """The relaxed gates as training left them, neither thresholded nor folded; but what an earlier
+    run had closed in the mask stays closed."""
     config = read_config(folder)
     logits = load_file(folder / "state.safetensors")["logits"]
     threshold = erase.closing_threshold(logits, config["max_closed"])
     gates = erase.relax(logits, config["gate"], threshold)
-    return erase.split(gates, erase.gate_sites(transformer, config["modules"]))
+    sites = erase.gate_sites(transformer, config["modules"])
+    is_open = erase.split((logits > threshold).float(), sites)
+    soft = dict(mask)
+    for site, gate in erase.split(gates, sites).items():
+        soft[site] = torch.where((is_open[site] == 1) & (mask[site] == 0), 0.0, gate)
+    return soft
 
 
 def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], str]:
@@ -116,7 +122,7 @@ def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], s
     controls.append(Column("random gates", out_dir / "random_gates", base.load, mask, weights))
     if not (Path(masked.name) / "state.safetensors").is_file():
         return controls, f"no soft gates: no state.safetensors in {names}"
-    gates = soft_gates(Path(masked.name), base.load().transformer)
+    gates = soft_gates(Path(masked.name), masked.gates, base.load().transformer)
     controls.append(Column("soft gates", out_dir / "soft_gates", base.load, gates, masked.weights))
     return controls, ""
 

@@ -263,7 +263,7 @@ def parse_args(argv=None):
         raise UserError("--where: goes with --prompts")
     args.device = args.device or models.default_device()
     if args.filter and not args.model:
-        args.model = models.TINY if args.device == "cpu" else models.SCHNELL
+        args.model = models.default_model(args.device)
     return args
 
 

@@ -106,6 +106,10 @@ def default_dtype(device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
+def default_model(device: str) -> str:
+    return TINY if device == "cpu" else SCHNELL
+
+
 def check_device(device: str) -> None:
     """Raises UserError if torch cannot use it."""
     try:
@@ -120,6 +124,8 @@ def pipeline_class(model: str, flag: str = "--model") -> type:
     if Path(model).exists() and not Path(model).is_dir():
         wanted = "a hub id, or a folder with a model_index.json, as diffusers saves a pipeline"
         raise UserError(f"{flag}: {model} is a file; wanted is {wanted}")
+    if (Path(model) / "mask.safetensors").exists():
+        raise UserError(f"{flag}: {model} is an erased folder; erase.py alone goes on from one")
     try:
         name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
     except LOADING_ERRORS as error:

@@ -118,7 +118,7 @@ training prompts) and noises that training never had, gates folded. Whether the 
 
 ```python
 from erase import load_erased  # a stock diffusers pipeline
-pipe = load_erased("{out_dir}")
+pipe = load_erased({out_dir!r})
 pipe("a photo", {call}).images[0]
 ```
 `mask.safetensors` is the mask alone and fits only base weights with fingerprint `{fingerprint}`;
@@ -149,7 +149,7 @@ def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) ->
 def save_card(folder: Path, line: str, fingerprint: str, facts: dict) -> None:
     """A model card, README.md. facts: the run's config.json and what MODEL_CARD names beside."""
     call = ", ".join(f"{name}={value!r}" for name, value in facts["call"].items())
-    words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=folder, summary=line)
+    words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=str(folder), summary=line)
     words |= dict(modules=" and ".join(facts["modules"]), fingerprint=fingerprint)
     text = MODEL_CARD.format(**facts | words)
     write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, "utf-8"))

@@ -163,6 +163,7 @@ BAD = [
     ("ERASED --concept cat", "--concept: 'cat' is not what"),
     ("ERASED --num_prompts 0", "--num_prompts: must be between 1 and"),
     ("ERASED --oracle prompts", "--oracle: prompts is no diffusers pipeline"),
+    ("ERASED --oracle ERASED", "is no diffusers pipeline"),
     ("ERASED --threshold 2", "--threshold: must be between 0 and 1, not 2"),
     ("ERASED --threshold nan", "--threshold: must be between 0 and 1, not nan"),
     ("ERASED --threshold 1", "--threshold: must be below 1"),

@@ -27,7 +27,9 @@ import families
 import models
 import pictures
 import promptfiles
-from artefacts import listing, read_metrics
+from artefacts import listing, load_mask, read_metrics
+from cases import read_subject
+from columns import soft_gates
 from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
 from safely import UserError
@@ -386,6 +388,43 @@ def test_erased_folder(erased, tmp_path, pipe):
     for folder in (erased, tmp_path):
         assert torch.equal(final(erase.load_erased(folder, "cpu"), CALL), latents)
     assert not torch.equal(final(pipe, CALL), latents)
+
+
+def test_a_second_concept(erased, tmp_path, capsys, pipe):
+    """--model with an erased folder goes on from it: what was closed stays closed, its base, the
+    union of modules and both concepts are recorded, and load_erased, transformer/ and the mask over
+    the base draw the same. The same command is the same run; an unfinished folder is refused."""
+    out = tmp_path / "with blank"
+    line = [*QUICK, "--model", str(erased), "--concept", "knife", "--modules", "ffn", "kv"]
+    line += [*"--height 32 --width 32 --num_inference_steps 1 --out_dir".split(), str(out)]
+    assert erase.main([*line, "--dry_run"]) == 0 and not out.exists()
+    assert erase.main(line) == 0
+    printed = capsys.readouterr().out
+    assert f"model: {models.portable_name(str(erased))} (FluxPipeline)" in printed
+    assert f"next: look at '{out}/preview.png', then python evaluate.py '{out}'" in printed
+    config = artefacts.read_config(out)
+    assert config["concept"] == ["knife", "gun"] and config["model"] == "tiny/flux"
+    assert read_subject([out], None, None, {}).concept == ["knife", "gun"]
+
+    before = load_mask(erased / "mask.safetensors", pipe.transformer)
+    mask = load_mask(out / "mask.safetensors", pipe.transformer)
+    assert mask.keys() == gate_sites(pipe.transformer, ("ffn", "norm", "kv")).keys()
+    assert all((mask[site] <= before[site]).all() for site in before)
+    closed = [sum((gate == 0).sum() for gate in each.values()) for each in (before, mask)]
+    assert 0 < closed[0] < closed[1]
+    folded = diffusers.FluxTransformer2DModel.from_pretrained(out / "transformer")
+    stock = diffusers.FluxPipeline.from_pretrained(models.TINY, transformer=folded)
+    latents = final(stock, CALL)
+    assert torch.equal(final(erase.load_erased(out, "cpu"), CALL), latents)
+    assert torch.equal(final(pipe, CALL, mask), latents)
+    soft = soft_gates(out, mask, pipe.transformer)  # of straight_through: the same
+    assert all(torch.equal(soft[site], mask[site]) for site in mask)
+
+    assert erase.main([*line, "--resume"]) == 2
+    assert f"--resume: the run in {out} is finished" in capsys.readouterr().err
+    (out / "mask.safetensors").unlink()
+    assert erase.main([*line[:-1], str(tmp_path / "no"), "--model", str(out)]) == 2
+    assert f"--model: {out}: no mask.safetensors, so no finished" in capsys.readouterr().err
 
 
 def test_resumed_run_equals_uninterrupted_run(erased, tmp_path):

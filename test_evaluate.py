@@ -260,6 +260,7 @@ BAD = """
 {erased} --nudenet_v2 {bad}/pipe.csv | --nudenet_v2: {bad}/pipe.csv is no regular file
 {erased} --num_pictures 1e3 | --num_pictures: invalid int value
 {erased} --threshold nan | --threshold: must be between 0 and 1, not nan
+{erased} --model {erased} | is an erased folder; erase.py alone goes on from one
 {erased} --model LICENSE | LICENSE is a file; wanted is a hub id
 {erased} --prompts= | --prompts: is empty
 {erased} --where n>1 | --where: goes with --prompts
