@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import models
-from safely import UserError, check_regular, first_line, number, write_atomically
+from safely import UserError, check_regular, first_line, number, write_atomically, write_text
 from sites import fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 2"
@@ -55,8 +55,7 @@ def fingerprint(module) -> str:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def closed_of(mask: dict) -> str:
@@ -201,7 +200,7 @@ def open_folder(folder: Path, config: dict, step: int):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder, step))
-    write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(kept, "utf-8"))
+    write_text(folder / "metrics.jsonl", kept)
     log = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def on_step(metrics: dict, state: dict) -> None:

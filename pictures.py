@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from safely import UserError, first_line, write_atomically
+from safely import UserError, first_line, write_atomically, write_text
 
 
 @torch.no_grad()
@@ -152,4 +152,4 @@ def save_card(folder: Path, line: str, fingerprint: str, facts: dict) -> None:
     words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=str(folder), summary=line)
     words |= dict(modules=" and ".join(facts["modules"]), fingerprint=fingerprint)
     text = MODEL_CARD.format(**facts | words)
-    write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(folder / "README.md", text)

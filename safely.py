@@ -1,9 +1,11 @@
-"""Bad input ends in one line and exit code 2; a killed run leaves every file whole."""
+"""Bad input ends in one line and exit code 2; a killed run leaves every file whole; output that
+goes to a file can be read there."""
 
 import argparse
 import json
 import os
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 # No word about the absent torchvision, which nothing here needs; transformers reads it on import.
@@ -11,6 +13,34 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
+
+
+def lines_of(file):
+    """For tqdm: what shows a bar's text as a new line, not over the line before."""
+    start = [""]
+
+    def show(text: str) -> None:
+        file.write(start[0] + text.rstrip())
+        file.flush()
+        start[0] = "\n"
+
+    return show
+
+
+def make_output_plain() -> None:
+    """No character is too much for a terminal that knows few; without a terminal a progress bar is
+    a line at its start, each half minute and at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        tqdm.status_printer = staticmethod(lines_of)
+        tqdm.__init__ = partialmethod(tqdm.__init__, mininterval=30, maxinterval=30)
+        tqdm.set_postfix_str = partialmethod(tqdm.set_postfix_str, refresh=False)
+
+
+make_output_plain()
 
 
 class UserError(Exception):
@@ -88,3 +118,9 @@ def write_atomically(path: Path, write) -> None:
         if file.is_file():
             file.chmod(0o666 & ~umask)
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically, utf-8; what a path has that is none is written as its code."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))

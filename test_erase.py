@@ -32,7 +32,7 @@ from cases import read_subject
 from columns import soft_gates
 from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
-from safely import UserError
+from safely import UserError, write_text
 from sites import MODULES, gate_sites
 
 CALL = models.CALLS["tiny/flux"]
@@ -628,6 +628,20 @@ def test_every_documented_command_parses(script, tmp_path, monkeypatch):
                 for name in ("config.json", "mask.safetensors", "model_index.json"):
                     (folder / name).write_text("{}")
         module.parse_args(arguments)
+
+
+def test_output_without_a_terminal(tmp_path):
+    """Nothing dies of a letter that the output's encoding lacks, and progress is lines in a log. A
+    file's text may hold what is no letter at all, as names of files do."""
+    text = "import safely, tqdm; print('pi\xf1ata'); bar = tqdm.tqdm(range(9), 'go')\n"
+    text += "for i in bar: bar.set_postfix_str(str(i))"
+    how = PLACE | dict(env=PLACE["env"] | dict(PYTHONIOENCODING="ascii", LC_ALL="C"))
+    done = subprocess.run(command("-c", text), capture_output=True, **how)
+    assert done.stdout == b"pi\\xf1ata\n"
+    first, last = done.stderr.decode().splitlines()
+    assert b"\r" not in done.stderr and first.startswith("go:   0%") and "9/9" in last
+    write_text(tmp_path / "a.md", "pi\xf1ata \udcc3")
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "pi\xf1ata \\udcc3"
 
 
 def test_everyday_traps(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from opened import COSTS, Model, check_family, spent
 from panel import load_panel
 from pictures import save_preview
 from report import layout
-from safely import Parser, UserError, check_regular, number, write_atomically
+from safely import Parser, UserError, check_regular, number, write_text
 
 PROMPTS = dict(quick=6, full=20)  # prompts attacked, by --budget
 SEEDS = 4  # noises on which a string is judged
@@ -278,7 +278,7 @@ def play(setup: Setup, jobs: list[Job]) -> None:
     setup.out_dir.mkdir(parents=True, exist_ok=True)
     log = setup.out_dir / "attacks.jsonl"
     lines = "".join(json.dumps(record) + "\n" for record in setup.records)
-    write_atomically(log, lambda path: path.write_text(lines, "utf-8"))
+    write_text(log, lines)
     todo = []
     for job in jobs:
         cases = [c for c in job.cases if (job.attack, job.target, c.name) not in done]
@@ -432,7 +432,7 @@ def report(setup: Setup, began: float) -> None:
         strings.append(f"* {r['attack']} ({best(r):.2f}): `{shot['clip']}` / `{shot['t5']}`")
     parts = dict(headline=headline, table="\n".join(lines), strings="\n".join(strings))
     page = REPORT.format(**setup.about, **parts)
-    write_atomically(setup.out_dir / "report.md", lambda path: path.write_text(page, "utf-8"))
+    write_text(setup.out_dir / "report.md", page)
     save_preview(setup.out_dir / "attacks.png", sheet(setup))
     print(layout(rows))
     print(headline)

@@ -157,7 +157,7 @@ def load_progress(path: Path, device, optimizers: Optimizers, load_weights) -> i
 
 
 def progress(name: str, start: int, steps: int):
-    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name)
 
 
 # ---------------------------------------------------------------------------------------------- vae
@@ -229,7 +229,7 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
         loss.backward()
         optimizers.step()
         deviation = posterior.mean.std().item()
-        bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}")
+        bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}", refresh=False)
         if (step + 1) % 100 == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, vae=vae.state_dict())
 
@@ -277,7 +277,7 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
         loss.backward()
         optimizers.step()
         average += (loss.item() - average) / min(step - start + 1, 50)
-        bar.set_postfix(l1=f"{average:.4f}")
+        bar.set_postfix(l1=f"{average:.4f}", refresh=False)
         if (step + 1) % 100 == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, decoder=decoder.state_dict())
     vae.to(memory_format=torch.contiguous_format).save_pretrained(out / "flux/vae")
@@ -449,7 +449,7 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
         optimizers.step()
         if step % 20 == 0:
             recall = (logits > 0)[labels > 0].float().mean().item()
-            bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, judge=judge.state_dict())
     judge.save_pretrained(out / "judge")
@@ -694,7 +694,7 @@ def train_flow(
             raise RuntimeError(f"flow loss is {loss.item()} at step {step}")
         share = 0.02 if step > start + 50 else 1 / (step - start + 1)
         average += (loss.item() - average) * share
-        bar.set_postfix(loss=f"{average:.4f}")
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_progress(
                 file, step + 1, optimizers, modules=[module.state_dict() for module in modules]
