@@ -134,7 +134,7 @@ def phrase(words: str, kind: str, vocabulary: dict) -> str:
 
 def kind_of(concept: str, kind: str | None, vocabulary: dict) -> str:
     """What the command line says, else the vocabulary. Raises UserError if neither does."""
-    known = vocabulary.get(concept.lower(), {}).get("kind")
+    known = vocabulary.get(bare(concept).lower(), {}).get("kind")
     if not kind and not known:
         raise UserError(f"--kind: needed for {concept!r}: is it an object, a style or a person?")
     kind = kind or known

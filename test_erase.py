@@ -657,7 +657,7 @@ def test_everyday_traps(tmp_path, monkeypatch):
     modes = [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()]
     assert modes == [0o666 & ~umask] * 2
     (tmp_path / "gun.csv").write_text("not,a,prompt,file\n")
-    rows = promptfiles.concept_pairs(str(tmp_path / "gun"), models.HERE / "prompts/tiny")
+    rows = promptfiles.concept_pairs(str(tmp_path / "gun"), TINY_PROMPTS, kind="object")
     assert rows[0]["neutral_prompt"].count("nothing") == 1
     assert len(str(artefacts.default_folder([f"concept {i}" for i in range(60)]))) < 100
     broken = models.load_pipeline(models.TINY, "cpu")

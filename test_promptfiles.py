@@ -60,6 +60,7 @@ def test_template_pairs():
 KINDS = [  # concept, --kind, --neutral, of which folder's templates, the first pair
     ("unicorn", "object", None, "", "A photo of a unicorn on a wooden table", ""),
     ("unicorn", "object", "horse", "", "A photo of a unicorn on a", "A photo of a horse on a"),
+    ("the horse", None, "a cow", "", "A photo of the horse on", "A photo of a cow on"),
     ("violence", "object", None, "tiny", "an image of violence on", "an image of nothing on"),
     ("street violence", "object", "water", "", "A photo of street violence", "A photo of water on"),
     (
