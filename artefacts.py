@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -260,11 +261,19 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def check_writable(folder: Path, flag: str = "--out_dir") -> None:
+    """Raises UserError."""
+    home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise UserError(f"{flag}: {home} is a file")
+    if not os.access(home, os.W_OK):
+        raise UserError(f"{flag}: {home} is not ours to write to")
+
+
 def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: int) -> None:
     """Raises UserError unless out_dir is new or empty, or, to resume, holds an unfinished run of
     the same command; and unless the disk has room for what it writes, in bytes."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"--out_dir: {out_dir} is a file")
+    check_writable(out_dir)
     if out_dir.is_dir() and any(out_dir.iterdir()) and not resume:
         advice = "choose another folder, or --resume its run"
         raise UserError(f"--out_dir: {out_dir} is not empty; {advice}")

@@ -197,6 +197,7 @@ def parse_args(argv=None):
 def run(args) -> None:
     if args.out:
         check_regular(args.out, "--out")
+        artefacts.check_writable(args.out.parent, "--out")
     if args.full and not torch.cuda.is_available():
         raise UserError("--full: needs a CUDA GPU, none is here")
     if args.compile and not args.full:

@@ -4,7 +4,6 @@ out. A picture is drawn once and kept."""
 import copy
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -125,13 +124,6 @@ def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], s
     gates = soft_gates(Path(masked.name), masked.gates, base.load().transformer)
     controls.append(Column("soft gates", out_dir / "soft_gates", base.load, gates, masked.weights))
     return controls, ""
-
-
-def check_writable(out_dir: Path) -> None:
-    """Raises UserError."""
-    home = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"--out_dir: {home} is a file, or not ours to write to")
 
 
 def check_columns(columns: list[Column], cases: list[Case], listings: dict, size: tuple) -> None:

@@ -34,7 +34,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import report
-from artefacts import fingerprint, write_json
+from artefacts import check_writable, fingerprint, write_json
 from cases import (
     Case,
     Words,
@@ -48,7 +48,6 @@ from cases import (
 from columns import (
     Column,
     check_columns,
-    check_writable,
     draw_missing,
     make_column,
     make_controls,
@@ -247,9 +246,6 @@ def parse_args(argv=None):
         raise UserError("nothing to evaluate: name a folder that erase.py wrote")
     if args.erased and args.compare:
         raise UserError("--compare: takes all folders, none before it")
-    for flag in ("judge", "clip", "model", "prompts", "retain", "where"):
-        if getattr(args, flag) == "":  # an unset variable of the shell, no wish for the default
-            raise UserError(f"--{flag}: is empty")
     if args.threshold == 1:
         raise UserError("--threshold: must be below 1: nothing scores above it")
     if args.out_dir and len(args.erased) > 1:
@@ -283,13 +279,17 @@ def run(args) -> None:
     if args.filter:
         if workers.num_processes > 1:
             raise UserError("--filter: runs in one process")
-        check_writable(args.filter.parent)
+        check_writable(args.filter.parent, "--filter")
         subject = read_subject([], *given)
         panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
+        words = read_words(subject)
+        concept_rows(
+            words.concepts[0], words, file=args.prompts and Path(args.prompts)
+        )  # readable?
         pipe = load_base(subject.model, "cpu", dtype)
         batch = args.batch or (32 if models.is_embedded(subject.model) else 4)
         how = dict(call=subject.call, batch=batch, device=args.device)
-        write_pairs(args.filter, args.prompts, read_words(subject), panel, pipe, **how)
+        write_pairs(args.filter, args.prompts, words, panel, pipe, **how)
         command = ["python", "erase.py", "--concept", *args.concept, "--model", subject.model]
         command += ["--kind", args.kind] if args.kind else []
         command = shlex.join([*command, "--prompts", str(args.filter)])

@@ -107,13 +107,13 @@ def default_dtype(device) -> torch.dtype:
 
 
 def default_model(device: str) -> str:
-    return TINY if device == "cpu" else SCHNELL
+    return TINY if device.partition(":")[0] == "cpu" else SCHNELL
 
 
 def check_device(device: str) -> None:
     """Raises UserError if torch cannot use it."""
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which meta has not
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {device}: {first_line(error)}") from None
 

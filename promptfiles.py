@@ -111,6 +111,23 @@ def bare(concept: str) -> str:
     return re.sub(r"^(an?|the|some)\s+", "", words, flags=re.I)
 
 
+def check_concepts(concepts: list[str]) -> None:
+    """Raises UserError for what is no word, or there twice."""
+    for name in concepts:
+        if not bare(name):
+            raise UserError("--concept: is empty")
+        if not re.search(r"\w", bare(name)):
+            raise UserError(f"--concept: {name!r} is no word")
+        if [bare(other).lower() for other in concepts].count(bare(name).lower()) > 1:
+            raise UserError(f"--concept: {name!r} is there twice")
+        if not name.isprintable():
+            raise UserError(f"--concept: {ascii(name)} has characters that cannot be printed")
+        if "," in name:
+            raise UserError(
+                f"--concept: {name!r} has a comma; several concepts stand apart by blanks"
+            )
+
+
 def mentions(concept: str, text: str) -> bool:
     """Whether the concept's words occur in the text as whole words, plural or not."""
     return bool(re.search(rf"\b{re.escape(bare(concept))}(e?s)?\b", text, re.I))
@@ -217,15 +234,7 @@ def training_rows(
 ) -> Rows:  # fmt: skip
     """The rows that these FLAGS ask for; where a file has no test rows, training rows stand in for
     them. Raises UserError."""
-    for name in concept:
-        if not bare(name):
-            raise UserError("--concept: is empty")
-        if not name.isprintable():
-            raise UserError(f"--concept: {ascii(name)} has characters that cannot be printed")
-        if "," in name:
-            raise UserError(
-                f"--concept: {name!r} has a comma; several concepts stand apart by blanks"
-            )
+    check_concepts(concept)
     if neutral is not None and prompts:
         raise UserError("--neutral: goes with template prompts, not with --prompts")
     if neutral and neutral != neutral.strip():
@@ -373,15 +382,14 @@ def read_vocabulary(
     """(concepts as the vocabulary spells them, the vocabulary with those that it has not).
 
     The vocabulary is what a judge can be asked about, and how. `kind` is of concepts outside it; a
-    person is asked about as an object. Raises UserError for an empty concept or an unknown kind.
+    person is asked about as an object. Raises UserError for what is no concept or of no known kind.
     """
+    check_concepts(concepts)
     words = known_words(folder)
     spelled = []
     vocabulary = {}
     for concept in concepts:
         name = concept.replace("_", " ")
-        if not name.strip():
-            raise UserError("--concept: is empty")
         if name.lower() in words:
             name = name.lower()
         spelled.append(name)

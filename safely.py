@@ -2,6 +2,7 @@
 goes to a file can be read there."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -64,11 +65,14 @@ def exit_code(script: str, run) -> int:
         return 130
     except (RuntimeError, OSError, SafetensorError) as error:
         print(f"{script}: failed: {first_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if getattr(error, "errno", 0) == errno.ENAMETOOLONG else 1
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # else a process may be aborted as the others end
     return 0
+
+
+MAY_BE_EMPTY = ("--neutral", "--negative_prompt")  # the empty prompt
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +81,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def parse_args(self, args=None):
+        """Refuses an empty value: an unset variable of the shell is no wish for the default."""
+        words = sys.argv[1:] if args is None else list(args)
+        for word, following in zip(words, [*words[1:], None], strict=False):
+            flag, equals, value = word.partition("=")
+            is_empty = not value if equals else following == ""
+            if flag.startswith("--") and is_empty and flag not in MAY_BE_EMPTY:
+                raise UserError(f"{flag}: is empty")
+        return super().parse_args(words)
 
     def error(self, message):
         raise UserError(message[:300])

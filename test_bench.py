@@ -72,6 +72,7 @@ def test_command_line(capsys):
         ("--table tiny/flux/model_index.json", "model_index.json is no results file"),
         ("--table /dev/zero", "--table: /dev/zero is no regular file"),
         ("--out bench", "--out: bench is no regular file"),
+        ("--out LICENSE/x.json", "LICENSE is a file"),
         ("--limit inf", "--limit: must be between 0 and 1,000,000, not inf"),
     ):
         assert bench.main(line.split()) == 2, line

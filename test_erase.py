@@ -2,6 +2,7 @@
 hand, uninterrupted runs. Every other family: test_families.py."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -536,6 +537,9 @@ BAD = [
     ("--step 3", "unrecognized arguments: --step 3"),
     ("--device tpu", "--device: tpu: "),
     ("--concept ' '", "--concept: is empty"),
+    ("--concept ..", "--concept: '..' is no word"),
+    ("--concept gun GUN", "--concept: 'gun' is there twice"),
+    (f"--concept {'x' * 999} --kind object", "File name too long: "),
     ("--concept unicorn", "--kind: needed for 'unicorn': is it an object, a style or a person?"),
     ("--concept 'brad pitt' --kind man", "--kind: invalid choice: 'man'"),
     ("--concept '\x07gun'", "--concept: '\\x07gun' has characters that cannot be printed"),
@@ -551,7 +555,12 @@ BAD = [
     ("--prompts none.csv", "--prompts: cannot read none.csv"),
     ("--retain LICENSE", "--retain: LICENSE has no column 'prompt'"),
     ("--out_dir prompts", "--out_dir: prompts is not empty"),
-    ("--out_dir LICENSE", "--out_dir: LICENSE is a file"),
+    ("--out_dir LICENSE", "LICENSE is a file"),
+    ("--out_dir LICENSE/x", "LICENSE is a file"),
+    ("--out_dir ''", "--out_dir: is empty"),
+    ("--device=", "--device: is empty"),
+    ("--device meta", "--device: meta: "),
+    ("--prompts ''", "--prompts: is empty"),
     ("--resume --out_dir no_folder", "--resume: no run to go on with in no_folder"),
     ("--offload --checkpoint step", "--offload: needs --checkpoint block or both, not step"),
     ("--offload --compile", "--compile: does not go with --offload"),
@@ -642,6 +651,28 @@ def test_output_without_a_terminal(tmp_path):
     assert b"\r" not in done.stderr and first.startswith("go:   0%") and "9/9" in last
     write_text(tmp_path / "a.md", "pi\xf1ata \udcc3")
     assert (tmp_path / "a.md").read_text(encoding="utf-8") == "pi\xf1ata \\udcc3"
+
+
+@pytest.mark.parametrize(
+    "script, line, message",
+    [
+        ("check", "-n 5", "-n: must be between 32 and 100,000, not 5"),
+        ("check", "--grid /dev/null", "--grid: /dev/null is no regular file"),
+        ("check", "--grid no/such.png", "--grid: no/such.png is no PNG, or its folder"),
+        ("train", "--flow_steps 1_000", "--flow_steps: invalid int value: '1_000'"),
+        ("train", "--adam_lr inf", "--adam_lr: must be between 0 and 1, not inf"),
+        ("train", "--init LICENSE", "--init: no folder LICENSE/flux"),
+        ("train", "--work LICENSE", "--work: LICENSE is a file"),
+        ("train", "--without unicorn", "--without: no such thing or style in the world: unicorn"),
+        ("train", "--device tpu", "--device: tpu: "),
+    ],
+)
+def test_bad_input_of_tiny(script, line, message, capsys, monkeypatch):
+    """Ends in one line and exit code 2 there too."""
+    monkeypatch.syspath_prepend(models.HERE / "tiny")
+    assert importlib.import_module(script).main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
 
 
 def test_everyday_traps(tmp_path, monkeypatch):

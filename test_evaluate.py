@@ -253,6 +253,10 @@ BAD = """
 {erased} --threshold 2 | --threshold: must be between 0 and 1
 {erased} --threshold 1 | --threshold: must be below 1
 {erased} --concept _ | --concept: is empty
+{erased} --concept gun GUN | --concept: 'gun' is there twice
+{erased} --concept gun,knife | --concept: 'gun,knife' has a comma
+--filter new.csv --concept gun --prompts /dev/zero | --prompts: /dev/zero is no regular file
+--filter= --concept gun | --filter: is empty
 {erased} --concept unicorn | --kind: needed for 'unicorn'
 {erased} --prompts prompts/gun.csv --concept gun octopus | gun.csv has no prompt for 'octopus'
 {erased} --prompts {bad}/pipe.csv | pipe.csv is no regular file

@@ -23,7 +23,6 @@ import artefacts
 import judges
 import promptfiles
 from cases import concept_rows, read_subject, read_words
-from columns import check_writable
 from opened import COSTS, Model, check_family, spent
 from panel import load_panel
 from pictures import save_preview
@@ -126,9 +125,6 @@ def parse(parser: Parser, argv, folder: str):
         raise UserError(f"--oracle: {args.oracle} is no diffusers pipeline")
     if args.threshold == 1:
         raise UserError("--threshold: must be below 1: nothing scores above it")
-    for flag in ("judge", "prompts", "where"):
-        if vars(args).get(flag) == "":  # an unset variable of the shell, not a wish for the default
-            raise UserError(f"--{flag}: is empty")
     args.out_dir = args.out_dir or args.erased / folder
     return args
 
@@ -197,7 +193,7 @@ def prepare(
     check_family(subject.model, subject.call, str(erased))
     if oracle:
         check_family(str(oracle), subject.call, "--oracle")
-    check_writable(out_dir)
+    artefacts.check_writable(out_dir)
 
     # the concept's words and rows
     words = read_words(subject)
