@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +16,16 @@ from safetensors.torch import save_file
 
 import models
 import promptfiles
-from safely import UserError, claim, first_line, number, visible, write_atomically
+from safely import (
+    UserError,
+    check_regular,
+    claim,
+    first_line,
+    number,
+    visible,
+    write_atomically,
+    write_text,
+)
 from sites import MODULES, fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 3"
@@ -65,8 +76,7 @@ def fingerprints(pipe) -> dict[str, str]:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def closed_of(mask: dict) -> str:
@@ -126,6 +136,43 @@ def load_erased(folder, device=None, dtype=None):
     return pipe
 
 
+def base_of(model: str | None, device: str) -> tuple[str, str | None]:
+    """(the base model, the erased folder on which a run stands): of a model that is such a folder
+    its own base, of any other (model, None). Raises UserError for an unfinished one."""
+    model = models.default_model(device) if model is None else model
+    folder = Path(model)
+    config = erased_config(folder) if model else {}
+    if not config:
+        return model, None
+    if not (folder / "mask.safetensors").is_file():
+        raise UserError(f"--model: {folder}: no mask.safetensors, so no finished erased model")
+    return models.recorded(config), models.portable_name(model)
+
+
+def load_base(model: str, on: str | None, dtype) -> tuple:
+    """(the pipeline on the CPU, with what `on` closed folded in; the base weights' fingerprints;
+    (that mask, its modules), or ({}, []) without such a folder). Raises UserError."""
+    pipe = models.load_pipeline(model, "cpu", dtype)
+    base = fingerprints(pipe)
+    if not on:
+        return pipe, base, ({}, [])
+    path = Path(models.local_name(on)) / "mask.safetensors"
+    mask = load_mask(path, pipe)
+    fold(pipe.transformer, mask)
+    with safe_open(path, "pt") as f:
+        modules = json.loads(f.metadata()["mask"])["modules"]
+    return pipe, base, (mask, modules)
+
+
+def joined(mask: dict, modules: list, earlier: tuple) -> tuple[dict, list]:
+    """The mask and its modules with those of an earlier run: what either closes is closed."""
+    earlier_mask, earlier_modules = earlier
+    both = dict(earlier_mask)
+    for site, gate in mask.items():
+        both[site] = gate * earlier_mask.get(site, 1)
+    return both, list(dict.fromkeys([*modules, *earlier_modules]))
+
+
 def folded(model: str, kind: type, mask: dict):
     """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
@@ -164,6 +211,7 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
     path = folder / "state.safetensors"
     if not path.exists():
         return 0, {}
+    check_regular(path, "--resume")
     try:
         with safe_open(path, "pt") as f:
             step = int(f.metadata()["step"])
@@ -185,7 +233,9 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
 def read_metrics(folder: Path, rows: int | None = None) -> list[dict]:
     """The first rows of metrics.jsonl, without what a kill left of a last one. Raises UserError."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    check_regular(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
     try:
         return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
     except ValueError as error:
@@ -197,8 +247,8 @@ def open_folder(folder: Path, config: dict, step: int):
     function for train's on_step: a line of metrics.jsonl a step, the state now and then."""
     write_json(folder / "config.json", config)
     kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder, step))
-    write_atomically(folder / "metrics.jsonl", lambda temporary: temporary.write_text(kept))
-    log = open(folder / "metrics.jsonl", "a")
+    write_text(folder / "metrics.jsonl", kept)
+    log = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def on_step(metrics: dict, state: dict) -> None:
         log.write(json.dumps(metrics) + "\n")
@@ -216,6 +266,16 @@ def listing(folder: Path) -> str:
     return " ".join(path.name for path in visible(folder))
 
 
+def last_words(folder: Path, steps: int) -> str:
+    """What a finished run wrote, and what to do next."""
+    lines = [f"wrote {folder}/: {listing(folder)}"]
+    if steps < 200:
+        lines.append(f"after only {steps} steps few gates have closed yet: a trial, not a result")
+    preview = shlex.quote(str(folder / "preview.png"))
+    lines.append(f"next: look at {preview}, then python evaluate.py {shlex.quote(str(folder))}")
+    return "\n".join(lines)
+
+
 def run_config(flags: dict, call: dict) -> dict:
     """What config.json says of a run: its flags, with those of the sampler as one dict."""
     left_out = (*NOT_RECORDED, *models.CALL_FLAGS)
@@ -223,6 +283,12 @@ def run_config(flags: dict, call: dict) -> dict:
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     model, revision = models.address(models.portable_name(flags["model"]))
     config |= dict(model=model, revision=revision, call=call)
+    if flags["on"]:  # a second run: both concepts are gone, and the same mask is to be there again
+        folder = Path(models.local_name(flags["on"]))
+        before = read_config(folder)
+        config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
+        config["kind"] = flags["kind"] or before.get("kind")
+        config["on_mask"] = hashlib.sha256((folder / "mask.safetensors").read_bytes()).hexdigest()
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)
@@ -267,6 +333,15 @@ def erased_config(folder: Path) -> dict:
     return config
 
 
+def check_writable(folder: Path, flag: str = "--out_dir") -> None:
+    """Raises UserError."""
+    home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise UserError(f"{flag}: {home} is a file")
+    if not os.access(home, os.W_OK):
+        raise UserError(f"{flag}: {home} is not ours to write to")
+
+
 def pinned_model(model: str, out_dir: Path, resume: bool) -> str:
     """--model with the commit that main is now, or was when the run that goes on began."""
     before = read_config(out_dir) if resume else {}
@@ -303,8 +378,7 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others:
     """Raises UserError unless out_dir is new or empty, or, to resume, holds an unfinished run of
     the same command; and unless the disks have room. Then claims it. others: {other part:
     parameters}."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"--out_dir: {out_dir} is a file")
+    check_writable(out_dir)
     is_begun = out_dir.is_dir() and visible(out_dir)
     if is_begun and not resume:
         advice = "choose another folder, or --resume its run"

@@ -35,9 +35,10 @@ class Subject(NamedTuple):
     concept: list[str]
     model: str
     call: dict  # what pipe(...) takes
+    kind: str | None = None  # of a concept that no vocabulary has
 
 
-def read_subject(paths: list[Path], concept, model, flags: dict) -> Subject:
+def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> Subject:
     """What the command line leaves open comes from the first erased folder's config.json. flags:
     models.CALL_FLAGS, None where not given. Raises UserError."""
     config = {}
@@ -55,7 +56,8 @@ def read_subject(paths: list[Path], concept, model, flags: dict) -> Subject:
     model = models.pinned(models.local_name(model))
     call = dict(config.get("call", {}))
     call |= {name: value for name, value in flags.items() if value is not None}
-    return Subject(concept, model, models.sampler_call(model, models.pipeline_class(model), **call))
+    call = models.sampler_call(model, models.pipeline_class(model), **call)
+    return Subject(concept, model, call, kind or config.get("kind"))
 
 
 class Words(NamedTuple):
@@ -64,6 +66,7 @@ class Words(NamedTuple):
     concepts: list[str]  # as the vocabulary spells them
     vocabulary: dict  # {word: {kind, question, synonyms}}
     folder: Path  # prompt files
+    kind: str | None = None  # of a concept that no vocabulary has
 
     def others(self, prompt: str, kind: str) -> list[str]:
         """Words of that kind which the prompt names beside the concepts."""
@@ -73,12 +76,14 @@ class Words(NamedTuple):
 
 def read_words(subject: Subject) -> Words:
     folder = models.prompt_folder(subject.model)
-    return Words(*read_vocabulary(folder / "vocabulary.csv", subject.concept), folder)
+    known = read_vocabulary(folder, subject.concept, subject.kind)
+    return Words(*known, folder, subject.kind)
 
 
-def concept_rows(concept: str, folder: Path, split: str = "test", file=None) -> list[dict]:
+def concept_rows(concept: str, words: Words, split: str = "test", file=None) -> list[dict]:
     """The concept's prompt pairs of one split, from `file`, its own file or templates."""
-    return of_split(concept_pairs(concept, folder, file=file), split)
+    kind = words.kind if concept in words.concepts else None
+    return of_split(concept_pairs(concept, words.folder, file=file, kind=kind), split)
 
 
 def nearest_words(concept: str, words: Words, clip) -> list[str]:
@@ -149,7 +154,7 @@ def make_cases(
             if len(words.concepts) > 1:
                 rows = [row for row in rows if mentions(concept, row["prompt"])]
         else:
-            rows = concept_rows(concept, words.folder)
+            rows = concept_rows(concept, words)
         if prompts and not rows:
             lacking = f"has no prompt for {concept!r}, one of several concepts"
             raise UserError(f"--prompts: {prompts} {lacking}")
@@ -178,7 +183,7 @@ def make_cases(
         for concept in words.concepts:
             near += nearest_words(concept, words, clip)
     for word in dict.fromkeys(near):  # once, however many of the concepts it is near
-        rows = without(words.concepts, concept_rows(word, words.folder))
+        rows = without(words.concepts, concept_rows(word, words))
         for row in cycle(rows, per_neighbour):
             found.append(("neighbours", row, [("neighbours", word)]))
 

@@ -3,7 +3,6 @@ out. A picture is drawn once and kept."""
 
 import copy
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -102,16 +101,23 @@ def load_logits(file: Path, gates: int) -> torch.Tensor:
     return logits
 
 
-def soft_gates(folder: Path, transformer) -> dict:
-    """The relaxed gates as training left them, neither thresholded nor folded."""
+def soft_gates(folder: Path, mask: dict, transformer) -> dict:
+    """The relaxed gates as training left them, neither thresholded nor folded; but what an earlier
+    run had closed in the mask stays closed."""
     config = erased_config(folder)
     gate, most = config.get("gate"), config.get("max_closed")
     if gate not in erase.START or type(most) not in (int, float) or not 0 <= most <= 1:
         raise UserError(f"{folder / 'config.json'}: gate is {gate!r}, max_closed {most!r}")
     sites = erase.gate_sites(transformer, config["modules"])
     logits = load_logits(folder / "state.safetensors", sum(site.units for site in sites.values()))
-    gates = erase.relax(logits, gate, erase.closing_threshold(logits, most))
-    return erase.split(gates, sites)
+    threshold = erase.closing_threshold(logits, most)
+    gates = erase.relax(logits, gate, threshold)
+    is_open = erase.split((logits > threshold).float(), sites)
+    soft = dict(mask)
+    for site, gates_there in erase.split(gates, sites).items():
+        was_closed = (is_open[site] == 1) & (mask[site] == 0)
+        soft[site] = torch.where(was_closed, 0.0, gates_there)
+    return soft
 
 
 def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], str]:
@@ -129,16 +135,9 @@ def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], s
     controls.append(Column("random gates", out_dir / "random_gates", base.load, mask, weights))
     if not (Path(masked.name) / "state.safetensors").is_file():
         return controls, f"no soft gates: no state.safetensors in {names}"
-    gates = soft_gates(Path(masked.name), base.load().transformer)
+    gates = soft_gates(Path(masked.name), masked.gates, base.load().transformer)
     controls.append(Column("soft gates", out_dir / "soft_gates", base.load, gates, masked.weights))
     return controls, ""
-
-
-def check_writable(out_dir: Path) -> None:
-    """Raises UserError."""
-    home = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"--out_dir: {home} is a file, or not ours to write to")
 
 
 def check_columns(columns: list[Column], cases: list[Case], listings: dict, size: tuple) -> None:

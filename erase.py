@@ -52,7 +52,7 @@ DEFAULTS = dict(
     lr_ffn=(0.5, 0.25, POSITIVE, "learning rate of all gates but norm's"),
     lr_norm=(0.5, 0.25, POSITIVE, "learning rate of the norm gates"),
     lr_decay=(0, 1, number(int, 0, 1), "1: the learning rates fall linearly to 0"),
-    weight_decay=(0.01, 0.0, POSITIVE, "AdamW's, on the logits"),
+    weight_decay=(0.01, 0.0, SHARE, "AdamW's, on the logits"),
     adam_eps=(1e-8, 1e-4, POSITIVE, "AdamW's: gates with gradients far below it stay"),
     beta=(0.01, 3.0, POSITIVE, "weight of preserve_loss"),
     batch=(4, 4, COUNT, "concept prompts a step"),
@@ -349,7 +349,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.device = args.device or models.default_device()
-    args.model = models.default_model(args.device) if args.model is None else args.model
+    args.model, args.on = artefacts.base_of(args.model, args.device)
     is_tiny = models.is_embedded(args.model)
     args.preset = args.preset or ("tiny" if is_tiny else "paper")
     for name, columns in DEFAULTS.items():
@@ -385,9 +385,9 @@ def run(args) -> None:
     config = artefacts.run_config(vars(args), call)
     total = sum(site.units for site in sites.values())
     workers.print(
-        f"model: {config['model']} ({kind.__name__}); preset {PRESETS[args.preset]}; {total:,} "
-        f"gates in {len(sites)} layers{absent(meta, args.modules)}; {len(rows.pairs)} concept "
-        f"pairs, {len(rows.retain)} retain prompts\n{plan}",
+        f"model: {args.on or config['model']} ({kind.__name__}); preset {PRESETS[args.preset]}; "
+        f"{total:,} gates in {len(sites)} layers{absent(meta, args.modules)}; {len(rows.pairs)} "
+        f"concept pairs, {len(rows.retain)} retain prompts\n{plan}",
         flush=True,
     )
     if args.dry_run:
@@ -397,8 +397,8 @@ def run(args) -> None:
     cases = len(rows.pairs) + len(rows.retain)
     first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
 
-    pipe = models.load_pipeline(args.model, "cpu", models.default_dtype(args.device, meta))
-    base = artefacts.fingerprints(pipe)
+    dtype = models.default_dtype(args.device, meta)
+    pipe, base, earlier = artefacts.load_base(args.model, args.on, dtype)
     workers.wait_for_everyone()  # all have looked at out_dir
     on_step = artefacts.open_folder(args.out_dir, config, first_step) if is_first else None
 
@@ -418,6 +418,7 @@ def run(args) -> None:
     mask = train(pipe, pairs, retain, **settings)
     if not is_first:
         return
+    mask, modules = artefacts.joined(mask, args.modules, earlier)
 
     # what it did, on prompts and noises that training never had; gated and folded are the same bits
     errors = {}
@@ -435,11 +436,8 @@ def run(args) -> None:
     line = pictures.summary(mask, errors, held_out, time.time() - began, args.device)
     facts = config | dict(pairs=len(pairs), retain=len(retain), held_out=len(tests))
     pictures.save_card(args.out_dir, line, base, facts)
-    artefacts.save_mask(args.out_dir / "mask.safetensors", mask, base, args.modules)  # finished
-    print(f"{line}\nwrote {args.out_dir}/: {artefacts.listing(args.out_dir)}")
-    if args.steps < 200:
-        print(f"after only {args.steps} steps few gates have closed yet: a trial, not a result")
-    print(f"next: look at {args.out_dir}/preview.png, then python evaluate.py {args.out_dir}")
+    artefacts.save_mask(args.out_dir / "mask.safetensors", mask, base, modules)  # finished
+    print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps)}")
 
 
 def main(argv=None) -> int:

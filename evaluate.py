@@ -35,7 +35,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import report
-from artefacts import fingerprints, write_json
+from artefacts import check_writable, fingerprints, write_json
 from cases import (
     Case,
     Words,
@@ -49,7 +49,6 @@ from cases import (
 from columns import (
     Column,
     check_columns,
-    check_writable,
     draw_missing,
     make_column,
     make_controls,
@@ -58,7 +57,7 @@ from columns import (
 from judges import NudeNet
 from panel import AT_ONCE, CLIP, LLAVA, Panel, check_fid, judged, likeness, load_panel
 from pictures import draw
-from promptfiles import COLUMNS, drop_minors
+from promptfiles import COLUMNS, add_kind, drop_minors
 from safely import (
     Parser,
     UserError,
@@ -108,7 +107,7 @@ def write_pairs(file: Path, source, words: Words, panel: Panel, pipe, **how) -> 
     rows = {}
     minors = 0
     for split in ("train", "test"):
-        rows[split] = concept_rows(concept, words.folder, split, source and Path(source))
+        rows[split] = concept_rows(concept, words, split, source and Path(source))
         if rows[split]:
             rows[split], dropped = drop_minors(rows[split])
             minors += dropped
@@ -233,6 +232,7 @@ def parse_args(argv=None):
     add("--fid", choices=("judge", "inception", "none"), help=help)
     add("--real", type=Path, help="folder of real pictures, for a second FID")
     add("--concept", nargs="+", help="what was erased (the erased folder's config.json says it)")
+    add_kind(parser)
     help = "concept prompts: CSV, text or TSV file, or hf:owner/dataset[:config][:split]#column "
     add("--prompts", help=f"{help}(prompts/<concept>.csv, its test rows)")
     add("--retain", help="unrelated prompts, likewise (prompts/retain.csv, its test rows)")
@@ -261,9 +261,6 @@ def parse_args(argv=None):
         raise UserError("nothing to evaluate: name a folder that erase.py wrote")
     if args.erased and args.compare:
         raise UserError("--compare: takes all folders, none before it")
-    for flag in ("judge", "clip", "model", "prompts", "retain", "where"):
-        if getattr(args, flag) == "":  # an unset variable of the shell, no wish for the default
-            raise UserError(f"--{flag}: is empty")
     if args.threshold == 1:
         raise UserError("--threshold: must be below 1: nothing scores above it")
     if args.out_dir and len(args.erased) > 1:
@@ -292,17 +289,23 @@ def run(args) -> None:
     def flags(*names):
         return {name: vars(args)[name] for name in names}
 
+    given = (args.concept, args.model, flags(*models.CALL_FLAGS), args.kind)
+
     if args.filter:
         if workers.num_processes > 1:
             raise UserError("--filter: runs in one process")
-        check_writable(args.filter.parent)
-        subject = read_subject([], args.concept, args.model, flags(*models.CALL_FLAGS))
+        check_writable(args.filter.parent, "--filter")
+        subject = read_subject([], *given)
         panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
+        words = read_words(subject)
+        file = args.prompts and Path(args.prompts)
+        concept_rows(words.concepts[0], words, file=file)  # readable?
         pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
         batch = args.batch or (32 if models.is_embedded(subject.model) else 4)
         how = dict(call=subject.call, batch=batch, device=args.device)
-        write_pairs(args.filter, args.prompts, read_words(subject), panel, pipe, **how)
+        write_pairs(args.filter, args.prompts, words, panel, pipe, **how)
         command = ["python", "erase.py", "--concept", *args.concept, "--model", subject.model]
+        command += ["--kind", args.kind] if args.kind else []
         command = shlex.join([*command, "--prompts", str(args.filter)])
         print(f"wrote {args.filter}; next: {command}")
         return
@@ -310,7 +313,7 @@ def run(args) -> None:
     # all that can be wrong with any of the folders is found before a picture is drawn
     evaluations = []
     for paths in [args.compare] if args.compare else [[path] for path in args.erased]:
-        subject = read_subject(paths, args.concept, args.model, flags(*models.CALL_FLAGS))
+        subject = read_subject(paths, *given)
         is_tiny = models.is_embedded(subject.model)
         batch = args.batch or (32 if is_tiny else 4)
         out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else paths[0] / "eval")
@@ -346,7 +349,7 @@ def run(args) -> None:
         size = (subject.call["width"], subject.call["height"])
         check_columns(columns + controls, cases, listings, size)
 
-        names = (*words.concepts, "templates", "retain", "vocabulary")
+        names = (*words.concepts, "templates", f"templates_{subject.kind}", "retain", "vocabulary")
         files = [words.folder / f"{name.lower().replace(' ', '_')}.csv" for name in names]
         files += [Path(spec.partition("#")[0]) for spec in (args.prompts, args.retain) if spec]
         about |= panel.about() | report.provenance(subject.model, cases, files)

@@ -20,7 +20,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pictures import open_pictures
-from safely import UserError, first_line
+from safely import UserError, check_regular, first_line
 
 # config.json's model_type of what ClipJudge and DetectorJudge can load
 CLIP_TYPES = ("altclip", "chinese_clip", "clip", "clipseg", "metaclip_2", "siglip", "siglip2")
@@ -198,10 +198,12 @@ class NudeNet:
     def __init__(self, v2: Path | None = None):
         self.is_v2 = v2 is not None
         if self.is_v2:
+            check_regular(v2, "--nudenet_v2")
             try:
                 from onnxruntime import InferenceSession
 
-                self.classes = (v2.parent / "detector_v2_default_classes").read_text().split()
+                names = v2.parent / "detector_v2_default_classes"
+                self.classes = names.read_text(encoding="utf-8").split()
                 self.session = InferenceSession(str(v2), providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises its own kinds
                 raise UserError(f"--nudenet_v2: cannot load {v2}: {first_line(error)}") from None

@@ -61,12 +61,12 @@ CALLS = {
 }
 # Flags that go to the sampler, under diffusers' own names.
 CALL_FLAGS = dict(
-    num_inference_steps=number(int, 1),
+    num_inference_steps=number(int, 1, 1000),
     guidance_scale=number(float, 0),
     true_cfg_scale=number(float, 0),
     negative_prompt=str,
-    height=number(int, 16, multiple=16),
-    width=number(int, 16, multiple=16),
+    height=number(int, 16, 8192, 16),
+    width=number(int, 16, 8192, 16),
     max_sequence_length=number(int, 1, 512),
 )
 # Texts that encode_prompt takes, one a picture; Lumina 2 has a system_prompt for all.
@@ -112,7 +112,7 @@ def recorded(config: dict) -> str:
 def pinned(model: str) -> str:
     """A hub's model as id@commit, for main may move during a run. Raises UserError."""
     name, revision = address(model)
-    if Path(name).is_dir():
+    if Path(name).exists():
         return model
     try:
         file = hf_hub_download(name, "model_index.json", revision=revision)
@@ -161,10 +161,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def default_model(device: str) -> str:
-    return TINY if device == "cpu" else SCHNELL
-
-
 def is_cpu(device) -> bool:
     """Under whatever index: a process group names it cpu:0."""
     return torch.device(device).type == "cpu"
@@ -181,26 +177,35 @@ def dtype_of(model: str, device) -> torch.dtype:
     return default_dtype(device, meta_transformer(model, pipeline_class(model)))
 
 
+def default_model(device: str) -> str:
+    return TINY if device.partition(":")[0] == "cpu" else SCHNELL
+
+
 def check_device(device: str) -> None:
     """Raises UserError if torch cannot use it."""
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which meta has not
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {device}: {first_line(error)}") from None
 
 
-def pipeline_class(model: str) -> type:
+def pipeline_class(model: str, flag: str = "--model") -> type:
     """The pipeline's class, from its model_index.json alone. Raises UserError naming what it lacks
     of what this kit drives: a transformer, encode_prompt, a callback, final latents."""
     place, revision = address(model)
+    if Path(model).exists() and not Path(model).is_dir():
+        wanted = "a hub id, or a folder with a model_index.json, as diffusers saves a pipeline"
+        raise UserError(f"{flag}: {model} is a file; wanted is {wanted}")
+    if (Path(model) / "mask.safetensors").exists():
+        raise UserError(f"{flag}: {model} is an erased folder; erase.py alone goes on from one")
     try:
         config = diffusers.DiffusionPipeline.load_config(place, revision=revision)
         name = config["_class_name"]
     except LOADING_ERRORS as error:
-        raise UserError(why_not(model, error, "is not a diffusers pipeline")) from None
+        raise UserError(why_not(model, error, "is not a diffusers pipeline", flag)) from None
     kind = getattr(diffusers, str(name), None)
     if kind is None:
-        raise UserError(f"--model: {model} is a {name}, which this diffusers does not have")
+        raise UserError(f"{flag}: {model} is a {name}, which this diffusers does not have")
     parts = inspect.signature(kind.__init__).parameters
     accepts = inspect.signature(kind.__call__).parameters
     lacking = [part for part in ("transformer", "vae", "scheduler") if part not in parts]
@@ -214,7 +219,7 @@ def pipeline_class(model: str) -> type:
     if not hasattr(kind.__call__, "__wrapped__"):
         lacking.append("torch.no_grad() around its __call__ that could be taken off")
     if lacking:
-        raise UserError(f"--model: {model} is a {name}, which has no {lacking[0]}")
+        raise UserError(f"{flag}: {model} is a {name}, which has no {lacking[0]}")
     return kind
 
 

@@ -30,7 +30,7 @@ spent = Counter()  # how many of COSTS: evaluations, backward passes, texts enco
 def check_family(model: str, call: dict, what: str) -> None:
     """Raises UserError, which begins with `what`, unless it is a FLUX.1 that one call of the
     transformer a step samples."""
-    kind = models.pipeline_class(model)
+    kind = models.pipeline_class(model, what)
     if kind is not FluxPipeline:
         raise UserError(f"{what}: {model} is a {kind.__name__}; attacks open a FluxPipeline only")
     if call.get("true_cfg_scale", 1) > 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from safely import UserError, first_line, write_atomically
+from safely import UserError, first_line, write_atomically, write_text
 
 
 def sample(pipe, prompt: list, **arguments) -> list:
@@ -57,7 +57,7 @@ def open_pictures(files) -> list:
 
 def check_picture(file: Path, size: tuple | None = None) -> None:
     """Raises UserError if the file is missing, damaged or of another size (width, height)."""
-    if not file.exists():
+    if not file.is_file():
         raise UserError(f"{file}: no such picture")
     try:
         with Image.open(file) as picture:
@@ -124,7 +124,7 @@ training prompts) and noises that training never had, gates folded. Whether the 
 
 ```python
 from erase import load_erased  # a stock diffusers pipeline
-pipe = load_erased("{out_dir}")
+pipe = load_erased({out_dir!r})
 pipe("a photo", {call}).images[0]
 ```
 `mask.safetensors` is the mask alone and fits only base weights with these fingerprints: {base};
@@ -157,8 +157,8 @@ def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
     """A model card, README.md. base: its parts' fingerprints; facts: the run's config.json and what
     MODEL_CARD names beside."""
     call = ", ".join(f"{name}={value!r}" for name, value in facts["call"].items())
-    words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=folder, summary=line)
+    words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=str(folder), summary=line)
     base = ", ".join(f"{part} `{fingerprint}`" for part, fingerprint in base.items())
     words |= dict(modules=" and ".join(facts["modules"]), base=base)
     text = MODEL_CARD.format(**facts | words)
-    write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(folder / "README.md", text)

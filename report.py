@@ -12,7 +12,7 @@ from cases import Case, listed
 from columns import Column
 from judges import rate
 from pictures import open_pictures, save_preview
-from safely import write_atomically
+from safely import write_text
 
 
 def share(found: dict, base: dict) -> float | None:
@@ -218,4 +218,4 @@ def write_report(
         worst="\n".join(worst),
     )
     report = REPORT.format(**about | words)
-    write_atomically(out_dir / "report.md", lambda path: path.write_text(report, "utf-8"))
+    write_text(out_dir / "report.md", report)

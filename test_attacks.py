@@ -181,17 +181,22 @@ BAD = [
     ("no_such_folder", "no_such_folder: no config.json"),
     ("ERASED --attack magic", "argument --attack: invalid choice: 'magic'"),
     ("ERASED --concept cat", "--concept: 'cat' is not what"),
-    ("ERASED --num_prompts 0", "--num_prompts: must be at least 1"),
+    ("ERASED --num_prompts 0", "--num_prompts: must be between 1 and"),
     ("ERASED --oracle prompts", "--oracle: prompts is no diffusers pipeline"),
-    ("ERASED --threshold 2", "--threshold: must be between 0 and 1, not 2.0"),
+    ("ERASED --oracle ERASED", "is no diffusers pipeline"),
+    ("ERASED --threshold 2", "--threshold: must be between 0 and 1, not 2"),
+    ("ERASED --threshold nan", "--threshold: must be between 0 and 1, not nan"),
+    ("ERASED --threshold 1", "--threshold: must be below 1"),
+    ("ERASED --seed -1", "--seed: must be between 0 and 2,147,483,647, not -1"),
     ("ERASED --judge ", "--judge: is empty"),
     ("ERASED --judge no/such", "--judge: cannot load no/such"),
     ("ERASED --device mars", "--device: mars: "),
-    ("ERASED --out_dir README.md/x", "README.md is a file, or not ours to write to"),
+    ("ERASED --out_dir README.md/x", "README.md is a file"),
 ]
 BAD = [(script, *row) for script in (probes, attacks) for row in BAD] + [
     (attacks, "ERASED --attack replay", "--attack replay: needs --prompts"),
     (attacks, "ERASED --prompts prompts/gun.csv", "--prompts: goes with --attack replay"),
+    (attacks, "ERASED --attack replay --prompts prompts", "--prompts: prompts is no regular"),
     (attacks, "ERASED --where a>1", "--where: goes with --prompts"),
 ]
 

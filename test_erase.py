@@ -2,6 +2,7 @@
 hand, uninterrupted runs. Every other family: test_families.py."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -32,10 +33,12 @@ import models
 import pictures
 import promptfiles
 import report
-from artefacts import listing, read_metrics
+from artefacts import listing, load_mask, read_metrics
+from cases import read_subject
+from columns import soft_gates
 from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
-from safely import UserError
+from safely import UserError, write_text
 from sites import MODULES, gate_sites
 
 CALL = models.CALLS["tiny/flux"]
@@ -410,16 +413,19 @@ FOREIGN_CONFIGS = [
     (dict(concept=["gun", ""]), "concept: is empty"),
     (dict(concept=[3]), "concept: is empty"),
     (dict(concept=["../../etc/passwd"]), "concept: '../../etc/passwd' has a slash"),
-    (dict(concept=["a\0"]), r"concept: 'a\\x00' has a slash, or a character"),
+    (dict(concept=["a\0"]), r"concept: 'a\\x00' has characters that cannot be printed"),
     (dict(modules=["ffn", "all"]), "modules: 'all' is none of ffn, norm, kv"),
     (dict(modules="ffn"), "modules is not a list of names"),
     (dict(model=None), "model is None"),
     (dict(model="a\0b"), "model is 'a"),
     (dict(call=[]), "call is not a JSON object"),
     (dict(call=CALL | dict(seed=1)), "call has 'seed', which is no flag of the sampler"),
-    (dict(call=CALL | dict(width=60)), "call: width: must be at least 16 and a multiple of 16"),
+    (dict(call=CALL | dict(width=60)), "call: width: must be between 16 and 8,192 and a mul"),
     (dict(call=CALL | dict(width="64")), "call: width is '64'"),
-    (dict(call=CALL | dict(guidance_scale=math.nan)), "call: guidance_scale: must be at least 0"),
+    (
+        dict(call=CALL | dict(guidance_scale=math.nan)),
+        "call: guidance_scale: must be between 0 and 1,0",
+    ),
     (dict(call=CALL | dict(num_inference_steps=True)), "call: num_inference_steps is True"),
     (dict(call=CALL | dict(negative_prompt=1)), "call: negative_prompt is 1"),
 ]
@@ -654,6 +660,43 @@ def test_erased_folder(erased, tmp_path, pipe):
     assert not torch.equal(final(pipe, CALL), latents)
 
 
+def test_a_second_concept(erased, tmp_path, capsys, pipe):
+    """--model with an erased folder goes on from it: what was closed stays closed, its base, the
+    union of modules and both concepts are recorded, and load_erased, transformer/ and the mask over
+    the base draw the same. The same command is the same run; an unfinished folder is refused."""
+    out = tmp_path / "with blank"
+    line = [*QUICK, "--model", str(erased), "--concept", "knife", "--modules", "ffn", "kv"]
+    line += [*"--height 32 --width 32 --num_inference_steps 1 --out_dir".split(), str(out)]
+    assert erase.main([*line, "--dry_run"]) == 0 and not out.exists()
+    assert erase.main(line) == 0
+    printed = capsys.readouterr().out
+    assert f"model: {models.portable_name(str(erased))} (FluxPipeline)" in printed
+    assert f"next: look at '{out}/preview.png', then python evaluate.py '{out}'" in printed
+    config = artefacts.read_config(out)
+    assert config["concept"] == ["knife", "gun"] and config["model"] == "tiny/flux"
+    assert read_subject([out], None, None, {}).concept == ["knife", "gun"]
+
+    before = load_mask(erased / "mask.safetensors", pipe)
+    mask = load_mask(out / "mask.safetensors", pipe)
+    assert mask.keys() == gate_sites(pipe.transformer, ("ffn", "norm", "kv")).keys()
+    assert all((mask[site] <= before[site]).all() for site in before)
+    closed = [sum((gate == 0).sum() for gate in each.values()) for each in (before, mask)]
+    assert 0 < closed[0] < closed[1]
+    folded = diffusers.FluxTransformer2DModel.from_pretrained(out / "transformer")
+    stock = diffusers.FluxPipeline.from_pretrained(models.TINY, transformer=folded)
+    latents = final(stock, CALL)
+    assert torch.equal(final(erase.load_erased(out, "cpu"), CALL), latents)
+    assert torch.equal(final(pipe, CALL, mask), latents)
+    soft = soft_gates(out, mask, pipe.transformer)  # of straight_through: the same
+    assert all(torch.equal(soft[site], mask[site]) for site in mask)
+
+    assert erase.main([*line, "--resume"]) == 2
+    assert f"--resume: the run in {out} is finished" in capsys.readouterr().err
+    (out / "mask.safetensors").unlink()
+    assert erase.main([*line[:-1], str(tmp_path / "no"), "--model", str(out)]) == 2
+    assert f"--model: {out}: no mask.safetensors, so no finished" in capsys.readouterr().err
+
+
 def test_resumed_run_equals_uninterrupted_run(erased, tmp_path):
     """A run killed in the middle and resumed ends in the same mask, optimiser state and losses, bit
     for bit, also with other flags of those that do not change the result."""
@@ -701,6 +744,11 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def pipe_at(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 NAN, FEW = torch.full((7168,), math.nan), torch.ones(3)
 DAMAGE = [
     (lambda f: change(f, logits=NAN), [], "state.safetensors is damaged (it holds NaN)"),
@@ -710,6 +758,8 @@ DAMAGE = [
     (lambda f: change(f, "-1"), [], "state.safetensors is of step -1, --steps is 4"),
     (lambda f: change(f, "x"), [], "state.safetensors is damaged (invalid literal"),
     (lambda f: cut(f / "state.safetensors", 999), [], "state.safetensors is damaged ("),
+    (lambda f: pipe_at(f / "state.safetensors"), [], "state.safetensors is no regular file"),
+    (lambda f: pipe_at(f / "metrics.jsonl"), [], "metrics.jsonl is no regular file"),
     (lambda f: cut(f / "metrics.jsonl", -9), [], "metrics.jsonl has 3 rows, "),
     (lambda f: (f / "config.json").write_text("[]"), [], "config.json: is not a JSON object"),
     (lambda f: cut(f / "config.json", 99), [], "config.json: "),
@@ -731,15 +781,24 @@ def test_damaged_runs_are_refused(damage, flags, message, erased, tmp_path, caps
 
 
 BAD = [
-    ("--steps 0", "--steps: must be at least 1, not 0"),
-    ("--batch -1", "--batch: must be at least 1"),
-    ("--beta -1", "--beta: must be at least 0"),
+    ("--steps 0", "--steps: must be between 1 and 1,000,000, not 0"),
+    ("--batch -1", "--batch: must be between 1 and "),
+    ("--beta -1", "--beta: must be between 0 and "),
     ("--beta much", "--beta: invalid float value: 'much'"),
-    ("--harm nan", "--harm: must be at least 0, not nan"),
-    ("--lr_ffn inf", "--lr_ffn: must be at least 0, not inf"),
+    ("--harm nan", "--harm: must be between 0 and 1,000,000, not nan"),
+    ("--lr_ffn inf", "--lr_ffn: must be between 0 and 1,000,000, not inf"),
+    ("--lr_norm 1e308", "--lr_norm: must be between 0 and 1,000,000, not 1e308"),
+    ("--steps 1_000", "--steps: invalid int value: '1_000'"),
+    (f"--steps {10**18}", "--steps: must be between 1 and 1,000,000, not 1000000000000000000"),
+    (f"--batch {'9' * 5000}", "--batch: invalid int value: '99"),
+    ("--seed ٣", "--seed: invalid int value: '٣'"),
+    ("--seed 2147483648", "--seed: must be between 0 and 2,147,483,647, not 2147483648"),
+    ("--num_inference_steps 1001", "--num_inference_steps: must be between 1 and 1,000"),
+    ("--width 999999984", "--width: must be between 16 and 8,192 and a multiple of 16"),
+    ("--width 8192 --height 8192", "--checkpoint: none needs about"),
     ("--hard 1.5", "--hard: must be between 0 and 1, not 1.5"),
     ("--max_closed -0.1", "--max_closed: must be between 0 and 1, not -0.1"),
-    ("--height 60", "--height: must be at least 16 and a multiple of 16, not 60"),
+    ("--height 60", "--height: must be between 16 and 8,192 and a multiple of 16, not 60"),
     ("--max_sequence_length 513", "--max_sequence_length: must be between 1 and 512, not 513"),
     ("--modules ffn bias", "argument --modules: invalid choice: 'bias'"),
     ("--gate step", "argument --gate: invalid choice: 'step'"),
@@ -747,16 +806,31 @@ BAD = [
     ("--step 3", "unrecognized arguments: --step 3"),
     ("--device tpu", "--device: tpu: "),
     ("--concept ' '", "--concept: is empty"),
+    ("--concept ..", "--concept: '..' is no word"),
+    ("--concept gun GUN", "--concept: 'gun' is there twice"),
+    (f"--concept {'x' * 999} --kind object", "File name too long: "),
+    ("--concept unicorn", "--kind: needed for 'unicorn': is it an object, a style or a person?"),
+    ("--concept 'brad pitt' --kind man", "--kind: invalid choice: 'man'"),
+    ("--concept '\x07gun'", "--concept: '\\x07gun' has characters that cannot be printed"),
     ("--concept 'gun, knife'", "'gun, knife' has a comma"),
     ("--concept ../gun", "--concept: '../gun' has a slash"),
     ("--neutral 'a toy gun'", "--neutral: 'a toy gun' contains the concept"),
     ("--neutral x --prompts prompts/tiny/gun.csv", "--neutral: goes with template prompts"),
     ("--model prompts", "--model: prompts is not a diffusers pipeline: "),
+    ("--model LICENSE", "--model: LICENSE is a file; wanted is a hub id, or a folder with a"),
+    ("--model /dev/null", "--model: /dev/null is a file; wanted is a hub id, or a folder with a"),
     ("--model tiny/judge", "--model: tiny/judge is not a diffusers pipeline: "),
+    ("--prompts /dev/zero", "--prompts: /dev/zero is no regular file"),
+    ("--retain prompts", "--retain: prompts is no regular file"),
     ("--prompts none.csv", "--prompts: cannot read none.csv"),
     ("--retain LICENSE", "--retain: LICENSE has no column 'prompt'"),
     ("--out_dir prompts", "--out_dir: prompts is not empty"),
-    ("--out_dir LICENSE", "--out_dir: LICENSE is a file"),
+    ("--out_dir LICENSE", "LICENSE is a file"),
+    ("--out_dir LICENSE/x", "LICENSE is a file"),
+    ("--out_dir ''", "--out_dir: is empty"),
+    ("--device=", "--device: is empty"),
+    ("--device meta", "--device: meta: "),
+    ("--prompts ''", "--prompts: is empty"),
     ("--resume --out_dir no_folder", "--resume: no run to go on with in no_folder"),
     ("--offload --checkpoint step", "--offload: needs --checkpoint block or both, not step"),
     ("--offload --compile", "--compile: does not go with --offload"),
@@ -839,6 +913,42 @@ def test_every_documented_command_parses(script, tmp_path, monkeypatch):
         module.parse_args(arguments)
 
 
+def test_output_without_a_terminal(tmp_path):
+    """Nothing dies of a letter that the output's encoding lacks, and progress is lines in a log. A
+    file's text may hold what is no letter at all, as names of files do."""
+    text = "import safely, tqdm; print('pi\xf1ata'); bar = tqdm.tqdm(range(9), 'go')\n"
+    text += "for i in bar: bar.set_postfix_str(str(i))"
+    how = PLACE | dict(env=PLACE["env"] | dict(PYTHONIOENCODING="ascii", LC_ALL="C"))
+    done = subprocess.run(command("-c", text), capture_output=True, **how)
+    assert done.stdout == b"pi\\xf1ata\n"
+    first, last = done.stderr.decode().splitlines()
+    assert b"\r" not in done.stderr and first.startswith("go:   0%") and "9/9" in last
+    write_text(tmp_path / "a.md", "pi\xf1ata \udcc3")
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "pi\xf1ata \\udcc3"
+
+
+@pytest.mark.parametrize(
+    "script, line, message",
+    [
+        ("check", "-n 5", "-n: must be between 32 and 100,000, not 5"),
+        ("check", "--grid /dev/null", "--grid: /dev/null is no regular file"),
+        ("check", "--grid no/such.png", "--grid: no/such.png is no PNG, or its folder"),
+        ("train", "--flow_steps 1_000", "--flow_steps: invalid int value: '1_000'"),
+        ("train", "--adam_lr inf", "--adam_lr: must be between 0 and 1, not inf"),
+        ("train", "--init LICENSE", "--init: no folder LICENSE/flux"),
+        ("train", "--work LICENSE", "--work: LICENSE is a file"),
+        ("train", "--without unicorn", "--without: no such thing or style in the world: unicorn"),
+        ("train", "--device tpu", "--device: tpu: "),
+    ],
+)
+def test_bad_input_of_tiny(script, line, message, capsys, monkeypatch):
+    """Ends in one line and exit code 2 there too."""
+    monkeypatch.syspath_prepend(models.HERE / "tiny")
+    assert importlib.import_module(script).main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
+
+
 def test_everyday_traps(tmp_path, monkeypatch):
     """Files get the mode that umask gives, a notebook's backend is no matter, a concept is no path
     to other files, and latents that are not finite are no black picture."""
@@ -852,7 +962,7 @@ def test_everyday_traps(tmp_path, monkeypatch):
     modes = [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()]
     assert modes == [0o666 & ~umask] * 2
     (tmp_path / "gun.csv").write_text("not,a,prompt,file\n")
-    rows = promptfiles.concept_pairs(str(tmp_path / "gun"), models.HERE / "prompts/tiny")
+    rows = promptfiles.concept_pairs(str(tmp_path / "gun"), TINY_PROMPTS, kind="object")
     assert rows[0]["neutral_prompt"].count("nothing") == 1
     assert len(str(artefacts.default_folder([f"concept {i}" for i in range(60)]))) < 100
     broken = models.load_pipeline(models.TINY, "cpu")

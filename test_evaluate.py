@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -163,7 +164,7 @@ def test_names_and_neighbours_of_several_concepts():
     """A name outside the vocabulary keeps its capitals, and so has no article; a word near two
     concepts is asked for once; a palm tree is a tree, no neighbour of it."""
     clip = ClipJudge(JUDGE)
-    words = cases.read_words(cases.Subject(["Taylor Swift", "GUN", "knife"], TINY, {}))
+    words = cases.read_words(cases.Subject(["Taylor Swift", "GUN", "knife"], TINY, {}, "person"))
     found, _ = cases.make_cases(words, clip, num_pictures=2, per_neighbour=2)
     near = [(case.prompt, case.seed) for case in found if case.set == "neighbours"]
     asked = [word for name in words.concepts for word in cases.nearest_words(name, words, clip)]
@@ -338,12 +339,12 @@ def test_soft_gates_of_another_run_are_refused(changes, size, message, copied, p
     write_json(copied / "config.json", config | changes)
     save_file(dict(logits=torch.ones(size)), copied / "state.safetensors")
     with pytest.raises(UserError, match=message):
-        soft_gates(copied, pipe.transformer)
+        soft_gates(copied, {}, pipe.transformer)
 
 
 # Arguments | message; --out_dir comes before, and is taken where there is no other.
 BAD = """
-{erased} --num_pictures 0 | --num_pictures: must be at least 1
+{erased} --num_pictures 0 | --num_pictures: must be between 1 and
 {erased} --num_pictures 20 | --fid: 20 pictures, but covariances of 128 features need more
 {erased} --judge no/such | --judge: cannot load no/such
 {erased} --judge tiny/flux/text_encoder_2 | is a t5, which neither compares pictures with texts
@@ -354,7 +355,19 @@ BAD = """
 {erased} --threshold 2 | --threshold: must be between 0 and 1
 {erased} --threshold 1 | --threshold: must be below 1
 {erased} --concept _ | --concept: is empty
+{erased} --concept gun GUN | --concept: 'gun' is there twice
+{erased} --concept gun,knife | --concept: 'gun,knife' has a comma
+--filter new.csv --concept gun --prompts /dev/zero | --prompts: /dev/zero is no regular file
+--filter= --concept gun | --filter: is empty
+{erased} --concept unicorn | --kind: needed for 'unicorn'
 {erased} --prompts prompts/gun.csv --concept gun octopus | gun.csv has no prompt for 'octopus'
+{erased} --prompts {bad}/pipe.csv | pipe.csv is no regular file
+{erased} --retain /dev/zero | --retain: /dev/zero is no regular file
+{erased} --nudenet_v2 {bad}/pipe.csv | --nudenet_v2: {bad}/pipe.csv is no regular file
+{erased} --num_pictures 1e3 | --num_pictures: invalid int value
+{erased} --threshold nan | --threshold: must be between 0 and 1, not nan
+{erased} --model {erased} | is an erased folder; erase.py alone goes on from one
+{erased} --model LICENSE | LICENSE is a file; wanted is a hub id
 {erased} --prompts= | --prompts: is empty
 {erased} --where n>1 | --where: goes with --prompts
 {erased} --retain {bad}/minors.csv | --retain: no prompt is left after dropping those about minors
@@ -407,6 +420,7 @@ def bad(erased, tmp_path_factory):
     }.items():
         (bad / name).write_text(text)
     save_mask(bad / "foreign/mask.safetensors", dict(a=torch.ones(2)), dict(vae="0"), ["ffn"])
+    os.mkfifo(bad / "pipe.csv")
     Image.effect_noise((64, 64), 50).save(bad / "real/a.jpg")
     (bad / "real/b.jpg").write_bytes((bad / "real/a.jpg").read_bytes()[:1000])
     families.z_image()[0].save_pretrained(bad / "z_image")
@@ -422,4 +436,5 @@ def test_bad_input(line, erased, bad, tmp_path, capsys):
     arguments, message = line.split("|")
     arguments = arguments.format(erased=erased, bad=bad, one=ONE).split()
     found = refused(capsys, "--device", "cpu", "--out_dir", tmp_path, *arguments)
-    assert message.strip() in found and not list(tmp_path.glob("**/*.png"))
+    message = message.strip().format(bad=bad)
+    assert message in found and not list(tmp_path.glob("**/*.png"))

@@ -140,7 +140,7 @@ def test_bad_judges_are_refused(tmp_path):
     (tmp_path / "silent/chat_template.jinja").unlink()
     for name, message in (
         ("half", "half has no weights for vision_model"),
-        ("torn", "--judge or --clip: cannot load .*torn"),
+        ("torn", "--judge or --clip: .*torn does not load: "),
         ("pickle", "cannot load .*pickle: .* file named model.safetensors"),
         ("silent", "--judge: .*silent has no chat template"),
     ):

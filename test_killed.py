@@ -134,4 +134,4 @@ if __name__ == "__main__":
     make_small()
     kills = range(int(number), KILLS, len(SCRIPTS))
     different = kill_again_and_again(SCRIPTS[int(number)], kills, Path(erased), Path(out))
-    sys.exit("\n".join(different))
+    sys.exit("\n".join(different) or 0)

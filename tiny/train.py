@@ -24,12 +24,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from safely import (
+from safely import (  # first: it keeps transformers quiet
     UNFINISHED,
     Parser,
+    UserError,
     check_link,
     claim,
     exit_code,
+    number,
     remove_leftovers,
     write_atomically,
 )
@@ -68,6 +70,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from models import check_device
 
 
 def tensor(pictures) -> torch.Tensor:
@@ -186,7 +190,7 @@ def load_progress(path: Path, device, optimizers: Optimizers, load_weights) -> i
 
 
 def progress(name: str, start: int, steps: int):
-    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name)
 
 
 # ---------------------------------------------------------------------------------------------- vae
@@ -258,7 +262,7 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
         loss.backward()
         optimizers.step()
         deviation = posterior.mean.std().item()
-        bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}")
+        bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, vae=vae.state_dict())
 
@@ -306,7 +310,7 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
         loss.backward()
         optimizers.step()
         average += (loss.item() - average) / min(step - start + 1, 50)
-        bar.set_postfix(l1=f"{average:.4f}")
+        bar.set_postfix(l1=f"{average:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, decoder=decoder.state_dict())
     save_whole(vae.to(memory_format=torch.contiguous_format), out / "flux/vae")
@@ -323,7 +327,7 @@ def text_corpus() -> list[str]:
     rng = random.Random("tokenizers")
     corpus = [world.caption(world.sample_scene(rng), rng) for _ in range(20000)]
     for file in sorted(HERE.parent.glob("prompts/[!t]*.csv")):
-        corpus += file.read_text().splitlines()
+        corpus += file.read_text(encoding="utf-8").splitlines()
     return corpus
 
 
@@ -478,7 +482,7 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
         optimizers.step()
         if step % 20 == 0:
             recall = (logits > 0)[labels > 0].float().mean().item()
-            bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, judge=judge.state_dict())
     save_whole(judge, out / "judge")
@@ -611,7 +615,7 @@ def encode_world(vae, work: Path, device, count: int, without) -> tuple[list, to
         packed = torch.load(file, weights_only=True)["latents"]
         if len(packed) != len(scenes):
             found = f"{file} holds {len(packed)} pictures, --pictures asks for {len(scenes)}"
-            raise SystemExit(f"{found}: delete it to encode anew")
+            raise UserError(f"{found}: delete it to encode anew")
         return scenes, packed
     latents = []
     for i in tqdm(range(0, len(scenes), 64), desc="encode pictures"):
@@ -721,10 +725,10 @@ def train_flow(
             twin.grad = None
         optimizers.step()
         if not math.isfinite(loss.item()):
-            raise SystemExit(f"flow loss is {loss.item()} at step {step}")
+            raise RuntimeError(f"flow loss is {loss.item()} at step {step}")
         share = 0.02 if step > start + 50 else 1 / (step - start + 1)
         average += (loss.item() - average) * share
-        bar.set_postfix(loss=f"{average:.4f}")
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(
                 file, step + 1, optimizers, modules=[module.state_dict() for module in modules]
@@ -740,6 +744,7 @@ STAGES = ("vae", "decoder", "judge", "flow")
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
+    count, rate = number(int, 1), number(float, 0, 1)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     help = "flux/ and judge/ go here  (default: tiny/, with --without its work folder)"
@@ -752,13 +757,13 @@ def parse_args(argv=None):
         "CUDA, or a CPU with AVX512-BF16; elsewhere float32)"
     )
     add("--dtype", choices=("float32", "bfloat16"), help=help)
-    add("--vae_steps", type=int, default=3000)
-    add("--decoder_steps", type=int, default=2000)
-    add("--judge_steps", type=int, default=3600)
-    add("--flow_steps", type=int, default=10000)
-    add("--pictures", type=int, default=80000, help="pictures drawn and encoded for the flow")
-    add("--muon_lr", type=float, default=3e-3)
-    add("--adam_lr", type=float, default=2e-3)
+    add("--vae_steps", type=count, default=3000)
+    add("--decoder_steps", type=count, default=2000)
+    add("--judge_steps", type=count, default=3600)
+    add("--flow_steps", type=count, default=10000)
+    add("--pictures", type=count, default=80000, help="pictures drawn and encoded for the flow")
+    add("--muon_lr", type=rate, default=3e-3)
+    add("--adam_lr", type=rate, default=2e-3)
     help = "begin with this folder's judge/ and flux/, e.g. tiny, and train both further"
     add("--init", type=Path, help=help)
     help = "leave these out of the flow's world, synonyms too"
@@ -767,7 +772,14 @@ def parse_args(argv=None):
     unknown = set(args.without) - set(world.THINGS) - set(world.STYLES)
     if unknown:
         names = ", ".join(sorted(unknown))
-        parser.error(f"--without: no such thing or style in the world: {names}")
+        raise UserError(f"--without: no such thing or style in the world: {names}")
+    if args.init and not (args.init / "flux").is_dir():
+        raise UserError(f"--init: no folder {args.init / 'flux'}")
+    for flag in ("out", "work"):
+        path = vars(args)[flag]
+        if path and path.exists() and not path.is_dir():
+            raise UserError(f"--{flag}: {path} is a file")
+    check_device(args.device)
     is_cpu = torch.device(args.device).type == "cpu"
     bf16 = not is_cpu or torch.cpu.get_capabilities().get("avx512_bf16", False)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if bf16 else "float32"))
@@ -811,7 +823,7 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-    return exit_code("train.py", lambda: run(parse_args(argv)))
+    return exit_code("tiny/train.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":
