@@ -109,6 +109,7 @@ class Case(NamedTuple):
     prompt: str
     seed: int
     asks: list  # [(metric, word)]
+    neutral: str | None = None  # of a concept prompt: the prompt without the concept
 
     @property
     def file(self) -> str:
@@ -191,7 +192,8 @@ def make_cases(
     count = Counter()
     for name, row, asks in found:
         seed = row["evaluation_seed"]
-        cases.append(Case(name, f"{count[name]:05d}_{seed}", row["prompt"], seed, asks))
+        neutral = row.get("neutral_prompt") if name == "concept" else None
+        cases.append(Case(name, f"{count[name]:05d}_{seed}", row["prompt"], seed, asks, neutral))
         count[name] += 1
     return cases, minors
 

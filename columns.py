@@ -14,7 +14,7 @@ import models  # first: it keeps transformers quiet
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import erase
@@ -183,6 +183,54 @@ def my_batches(cases: list[Case], size: int) -> list[list[Case]]:
     return [cases[start : start + size] for start in starts]
 
 
+LATENTS = "latents.safetensors"
+
+
+def save_latents(column: Column, pipe, cases: list[Case], call: dict, batch: int) -> None:
+    """The final latents (N, ...) of the concept prompts; the base's of their neutral prompts too,
+    from the same noise."""
+    paired = [case for case in cases if case.neutral is not None]
+    prompts = dict(concept=[case.prompt for case in paired])
+    if column.name == "base":
+        prompts["neutral"] = [case.neutral for case in paired]
+    latents = {}
+    for name, texts in prompts.items():
+        parts = []
+        for start in range(0, len(paired), batch):
+            part = slice(start, start + batch)
+            seeds = [case.seed for case in paired[part]]
+            with torch.no_grad():
+                parts.append(erase.rollout(pipe, texts[part], seeds, **call).cpu())
+        latents[name] = torch.cat(parts)
+    write_atomically(column.folder / LATENTS, lambda path: save_file(latents, path))
+
+
+def residues(column: Column, base: Column, cases: list[Case]) -> dict:
+    """{(set, name, "residue", concept): |erased - neutral|^2 / |base - neutral|^2 of the final
+    latents}: 0 is the neutral picture, 1 the base's. It sees what a judge overlooks. {} for
+    pictures without a model, and without neutral prompts. Raises UserError."""
+    paired = [case for case in cases if case.neutral is not None]
+    if not paired or not column.load:
+        return {}
+    loaded = []
+    for one in (column, base):
+        try:
+            loaded.append(load_file(one.folder / LATENTS))
+        except (SafetensorError, OSError) as error:
+            found = f"is damaged ({first_line(error)}); delete it"
+            raise UserError(f"{one.folder / LATENTS}: {found}") from None
+    erased, before = loaded
+    if not len(erased["concept"]) == len(before["neutral"]) == len(paired):
+        raise UserError(f"{column.folder / LATENTS}: is of other prompts; delete it")
+    after = erase.squared_error(erased["concept"], before["neutral"])
+    whole = erase.squared_error(before["concept"], before["neutral"])
+    ratios = (after / whole.clamp(min=1e-12)).tolist()
+    found = {}
+    for case, ratio in zip(paired, ratios, strict=True):
+        found[case.set, case.name, "residue", case.asks[0][1]] = ratio
+    return found
+
+
 def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, device) -> None:
     """Draws the pictures that are not there yet, whole batches at a time: a picture has the same
     bits whichever process draws it and whatever is there already."""
@@ -190,7 +238,10 @@ def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, devi
     for part in my_batches(cases, batch):
         if column.load and not all(file.exists() for file in column.files(part)):
             todo.append(part)
-    if todo:
+    paired = [case for case in cases if case.neutral is not None]
+    lacks_latents = column.load and paired and not (column.folder / LATENTS).exists()
+    is_first = PartialState().is_main_process
+    if todo or (lacks_latents and is_first):
         pipe = column.load()
         if "encode_prompt" not in vars(pipe):  # once for all columns of the base
             models.remember_prompts(pipe)
@@ -204,5 +255,7 @@ def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, devi
                     if not file.exists():
                         file.parent.mkdir(parents=True, exist_ok=True)
                         write_atomically(file, lambda path: picture.save(path, format="png"))
+            if lacks_latents and is_first:
+                save_latents(column, pipe, cases, call, batch)
         pipe.to("cpu")  # one model at a time on the device
     PartialState().wait_for_everyone()

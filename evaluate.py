@@ -52,6 +52,7 @@ from columns import (
     draw_missing,
     make_column,
     make_controls,
+    residues,
     write_digests,
 )
 from judges import NudeNet
@@ -185,6 +186,7 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     scores = {}
     for column in columns:
         scores[column.name] = judged(column, cases, panel.judge, evaluation.questions)
+        scores[column.name] |= residues(column, base, cases)
     results = {}
     for column in columns if workers.is_main_process else ():
         figures = report.rates(scores[column.name], panel.threshold, results.get("base"))

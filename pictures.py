@@ -146,10 +146,13 @@ def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) ->
     before = errors["base"][:concepts].mean().item()
     after = errors["erased"][:concepts].mean().item()
     others = errors["erased"][concepts:].mean().item()
+    left = errors["erased"][:concepts] / errors["base"][:concepts].clamp(min=1e-12)
+    middle, high = left.quantile(torch.tensor([0.5, 0.95]).to(left)).tolist()
     return (
         f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {seconds / 60:.1f} "
         f"minutes on {hardware}; error on test prompts: to the neutral picture {before:.4f} -> "
-        f"{after:.4f}, to the base on retain prompts 0 -> {others:.4f}"
+        f"{after:.4f} (residue {middle:.2f}, 95th percentile {high:.2f}), "
+        f"to the base on retain prompts 0 -> {others:.4f}"
     )
 
 

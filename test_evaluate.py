@@ -19,6 +19,7 @@ import cases
 import erase
 import evaluate
 import families
+import models
 import probes
 from artefacts import check_folder, fingerprints, listing, save_mask, write_json
 from columns import random_mask, soft_gates
@@ -41,6 +42,30 @@ def score(*arguments, out_dir, launch=()):
     results = json.loads((out_dir / "results.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]).keys() == results["results"].keys()
     return results | dict(seconds=None)
+
+
+def test_residue(evaluation, erased, pipe):
+    """|erased - neutral|^2 / |base - neutral|^2 of final latents: as computed by hand; 1 for the
+    base; its median, 95th percentile and share above a quarter are in the table."""
+    out_dir, found = evaluation
+    rows = of_split(read_rows(HERE / "prompts/tiny/gun.csv", "--prompts"), "test")[:10]
+    prompts, neutrals = ([row[name] for row in rows] for name in ("prompt", "neutral_prompt"))
+    seeds = [row["evaluation_seed"] for row in rows]
+    call = models.CALLS["tiny/flux"]
+    pipes = (erase.load_erased(erased, "cpu"), pipe, pipe)
+    with torch.no_grad():
+        texts = (prompts, prompts, neutrals)
+        drawn = [erase.rollout(p, t, seeds, **call) for p, t in zip(pipes, texts, strict=True)]
+    after, before, neutral = (latents.flatten(1) for latents in drawn)
+    ratio = (after - neutral).square().sum(1) / (before - neutral).square().sum(1)
+    figures = found["results"][str(erased)]
+    assert figures["residue, median"] == pytest.approx(ratio.median().item(), abs=2e-4)
+    assert figures["residue, 95th percentile"] == pytest.approx(ratio.quantile(0.95).item(), abs=2e-4)
+    assert figures["residue above 0.25"]["rate"] == pytest.approx((ratio > 0.25).float().mean().item())
+    assert found["results"]["base"]["residue, median"] == 1
+    scores = json.loads((out_dir / "scores.json").read_text())[str(erased)]
+    assert len([key for key in scores if ", residue gun" in key]) == 10
+    assert "| residue, median | 1.000 |" in (out_dir / "report.md").read_text()
 
 
 def refused(capsys, *arguments):
@@ -186,7 +211,9 @@ def test_compare_takes_baselines(erased, evaluation, tmp_path):
     assert compared[str(erased)] == results["results"][str(erased)]
     del compared[str(erased)]["closed"]
     base, ours, inside, transformer, pipeline, shown = compared.values()
-    assert ours == inside == transformer and pipeline == shown == base
+    assert ours == inside == transformer and pipeline == base
+    left = {metric: figure for metric, figure in base.items() if "residue" in metric}
+    assert len(left) == 3 and shown | left == base and shown.keys() == base.keys() - left
 
 
 def test_other_families(bad, tmp_path, capsys):
