@@ -60,8 +60,12 @@ def test_residue(evaluation, erased, pipe):
     ratio = (after - neutral).square().sum(1) / (before - neutral).square().sum(1)
     figures = found["results"][str(erased)]
     assert figures["residue, median"] == pytest.approx(ratio.median().item(), abs=2e-4)
-    assert figures["residue, 95th percentile"] == pytest.approx(ratio.quantile(0.95).item(), abs=2e-4)
-    assert figures["residue above 0.25"]["rate"] == pytest.approx((ratio > 0.25).float().mean().item())
+    assert figures["residue, 95th percentile"] == pytest.approx(
+        ratio.quantile(0.95).item(), abs=2e-4
+    )
+    assert figures["residue above 0.25"]["rate"] == pytest.approx(
+        (ratio > 0.25).float().mean().item()
+    )
     assert found["results"]["base"]["residue, median"] == 1
     scores = json.loads((out_dir / "scores.json").read_text())[str(erased)]
     assert len([key for key in scores if ", residue gun" in key]) == 10
