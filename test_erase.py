@@ -645,7 +645,7 @@ def test_erased_folder(erased, tmp_path, pipe):
     with torch.no_grad():
         errors = erase.case_errors(pipe, cases, noises, mask, None, call=CALL).view(2, 32).mean(1)
     card = (erased / "README.md").read_text()
-    found = re.search(r"picture [\d.]+ -> ([\d.]+), to .* 0 -> ([\d.]+)", card).groups()
+    found = re.search(r"picture [\d.]+ -> ([\d.]+) \(.* 0 -> ([\d.]+)", card).groups()
     assert [float(number) for number in found] == pytest.approx(errors.tolist(), abs=2e-4)
 
     folded = diffusers.FluxTransformer2DModel.from_pretrained(erased / "transformer")
