@@ -2,20 +2,33 @@
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import models
-from safely import UserError, first_line, number, write_atomically
-from sites import fold, gate_sites
+import promptfiles
+from safely import (
+    UserError,
+    check_regular,
+    claim,
+    first_line,
+    number,
+    visible,
+    write_atomically,
+    write_text,
+)
+from sites import MODULES, fold, gate_sites
 
-MASK_FORMAT = "minimalist-concept-erasure mask 2"
+MASK_FORMAT = "minimalist-concept-erasure mask 3"
 # Flags without a place in config.json, and those that a resumed run may change: the result is not.
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
 FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
@@ -24,8 +37,11 @@ FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
 def add_flags(parser) -> None:
     add = parser.add_argument
     add("--out_dir", type=Path, help="(erased/<concept>)")
-    help = "mask: no transformer folder, which is 24 GB for FLUX.1 (%(default)s)"
-    add("--save", choices=("full", "mask"), default="full", help=help)
+    help = (
+        "beside the mask: full: transformer/, 24 GB for FLUX.1; pipeline: all that stock diffusers "
+        "opens; single: the one file transformer.safetensors; mask: nothing (%(default)s)"
+    )
+    add("--save", choices=("full", "pipeline", "single", "mask"), default="full", help=help)
     help = "steps between resumable states (%(default)s)"
     add("--save_every", type=number(int, 1), default=10, help=help)
     add("--resume", action="store_true", help="go on with the killed run of the same command")
@@ -53,9 +69,14 @@ def fingerprint(module) -> str:
     return digest.hexdigest()[:32]
 
 
+def fingerprints(pipe) -> dict[str, str]:
+    """{part: fingerprint} of a pipeline's transformer, text encoders and autoencoder."""
+    parts = sorted(pipe.components.items())
+    return {name: fingerprint(part) for name, part in parts if isinstance(part, torch.nn.Module)}
+
+
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def closed_of(mask: dict) -> str:
@@ -63,8 +84,8 @@ def closed_of(mask: dict) -> str:
     return f"{closed} of {sum(gate.numel() for gate in mask.values())}"
 
 
-def save_mask(path: Path, mask: dict, base: str, modules, **about) -> None:
-    """{site: (U,) of 0 and 1} for base weights of fingerprint `base`. All that is said of it is one
+def save_mask(path: Path, mask: dict, base: dict, modules, **about) -> None:
+    """{site: (U,) of 0 and 1} for the base of these fingerprints. All that is said of it is one
     entry of metadata, since safetensors writes several in any order."""
     tensors = {site: gate.to("cpu", torch.uint8) for site, gate in mask.items()}
     about |= dict(format=MASK_FORMAT, base=base, modules=list(modules), closed=closed_of(mask))
@@ -72,21 +93,26 @@ def save_mask(path: Path, mask: dict, base: str, modules, **about) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_mask(path: Path, transformer) -> dict:
-    """{site: (U,) fp32 of 0 and 1}. Raises UserError unless the file is whole, made for these base
-    weights, and of exactly the sites and units of its modules."""
+def load_mask(path: Path, pipe) -> dict:
+    """{site: (U,) fp32 of 0 and 1}. Raises UserError unless the file is whole, made for the weights
+    of this pipeline, and of exactly the sites and units of its modules."""
     try:
         with safe_open(path, "pt") as f:
             mask = {site: f.get_tensor(site) for site in f.keys()}
-            about = json.loads((f.metadata() or {}).get("mask", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            about = dict(json.loads((f.metadata() or {}).get("mask", "{}")))
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
     if about.get("format") != MASK_FORMAT:
         raise UserError(f"{path}: its format is {about.get('format')}, not {MASK_FORMAT}")
-    found = fingerprint(transformer)
+    for key, kind in dict(base=dict, modules=list, closed=str).items():
+        if not isinstance(about.get(key), kind):
+            raise UserError(f"{path}: its metadata have no {key}")
+    found = fingerprints(pipe)
     if about["base"] != found:
-        raise UserError(f"{path}: made for base weights {about['base']}, these are {found}")
-    sites = gate_sites(transformer, about["modules"])
+        other = [part for part in found if found[part] != about["base"].get(part)]
+        other = other or about["base"].keys() - found
+        raise UserError(f"{path}: made for other base weights ({', '.join(other)})")
+    sites = gate_sites(pipe.transformer, about["modules"])
     if {name: gate.shape for name, gate in mask.items()} != {
         n: (s.units,) for n, s in sites.items()
     }:
@@ -105,19 +131,77 @@ def load_erased(folder, device=None, dtype=None):
     for name in ("config.json", "mask.safetensors"):  # the mask is written last
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}, so no finished erased model")
-    model = read_config(folder).get("model", "")
-    pipe = models.load_pipeline(models.local_name(model), device, dtype)
-    fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe.transformer))
+    pipe = models.load_pipeline(models.recorded(erased_config(folder)), device, dtype)
+    fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe))
     return pipe
 
 
-def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
+def base_of(model: str | None, device: str) -> tuple[str, str | None]:
+    """(the base model, the erased folder on which a run stands): of a model that is such a folder
+    its own base, of any other (model, None). Raises UserError for an unfinished one."""
+    model = models.default_model(device) if model is None else model
+    folder = Path(model)
+    config = erased_config(folder) if model else {}
+    if not config:
+        return model, None
+    if not (folder / "mask.safetensors").is_file():
+        raise UserError(f"--model: {folder}: no mask.safetensors, so no finished erased model")
+    return models.recorded(config), models.portable_name(model)
+
+
+def load_base(model: str, on: str | None, dtype) -> tuple:
+    """(the pipeline on the CPU, with what `on` closed folded in; the base weights' fingerprints;
+    (that mask, its modules), or ({}, []) without such a folder). Raises UserError."""
+    pipe = models.load_pipeline(model, "cpu", dtype)
+    base = fingerprints(pipe)
+    if not on:
+        return pipe, base, ({}, [])
+    path = Path(models.local_name(on)) / "mask.safetensors"
+    mask = load_mask(path, pipe)
+    fold(pipe.transformer, mask)
+    with safe_open(path, "pt") as f:
+        modules = json.loads(f.metadata()["mask"])["modules"]
+    return pipe, base, (mask, modules)
+
+
+def joined(mask: dict, modules: list, earlier: tuple) -> tuple[dict, list]:
+    """The mask and its modules with those of an earlier run: what either closes is closed."""
+    earlier_mask, earlier_modules = earlier
+    both = dict(earlier_mask)
+    for site, gate in mask.items():
+        both[site] = gate * earlier_mask.get(site, 1)
+    return both, list(dict.fromkeys([*modules, *earlier_modules]))
+
+
+def folded(model: str, kind: type, mask: dict):
     """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
     fold(transformer, mask)
-    for leftover in (folder, folder.with_name(folder.name + ".tmp")):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
+    return transformer
+
+
+def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
+    transformer = folded(model, kind, mask)
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     write_atomically(folder, transformer.save_pretrained)
+
+
+def save_as(form: str, model: str, kind: type, mask: dict, out_dir: Path) -> None:
+    """What --save says. A single file has diffusers' names, which ComfyUI's "Load Diffusion Model"
+    takes for FLUX.1, SD3, AuraFlow and Z-Image by its source; it was not loaded there."""
+    if form == "single":
+        state = folded(model, kind, mask).state_dict()
+        path = out_dir / "transformer.safetensors"
+        write_atomically(path, lambda temporary: save_file(state, temporary, dict(format="pt")))
+    if form in ("full", "pipeline"):
+        save_folded(model, kind, mask, out_dir / "transformer")
+    if form == "pipeline":
+        base = models.folder_of(model)
+        copy = dict(ignore=shutil.ignore_patterns("*.bin"), copy_function=shutil.copyfile)
+        for part in kind.load_config(base):
+            if part != "transformer" and (base / part).is_dir():
+                shutil.copytree(base / part, out_dir / part, dirs_exist_ok=True, **copy)
+        shutil.copyfile(base / "model_index.json", out_dir / "model_index.json")
 
 
 def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, dict]:
@@ -127,6 +211,7 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
     path = folder / "state.safetensors"
     if not path.exists():
         return 0, {}
+    check_regular(path, "--resume")
     try:
         with safe_open(path, "pt") as f:
             step = int(f.metadata()["step"])
@@ -146,20 +231,24 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
 
 
 def read_metrics(folder: Path, rows: int | None = None) -> list[dict]:
-    """The first rows of metrics.jsonl, without what a kill left of a last one."""
+    """The first rows of metrics.jsonl, without what a kill left of a last one. Raises UserError."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
+    check_regular(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def open_folder(folder: Path, config: dict, step: int):
     """Begins a run, or goes on with one from `step`: metrics of later steps are dropped. Returns a
     function for train's on_step: a line of metrics.jsonl a step, the state now and then."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder, step))
-    write_atomically(folder / "metrics.jsonl", lambda temporary: temporary.write_text(kept))
-    log = open(folder / "metrics.jsonl", "a")
+    write_text(folder / "metrics.jsonl", kept)
+    log = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def on_step(metrics: dict, state: dict) -> None:
         log.write(json.dumps(metrics) + "\n")
@@ -174,7 +263,17 @@ def open_folder(folder: Path, config: dict, step: int):
 
 
 def listing(folder: Path) -> str:
-    return " ".join(sorted(path.name for path in folder.iterdir()))
+    return " ".join(path.name for path in visible(folder))
+
+
+def last_words(folder: Path, steps: int) -> str:
+    """What a finished run wrote, and what to do next."""
+    lines = [f"wrote {folder}/: {listing(folder)}"]
+    if steps < 200:
+        lines.append(f"after only {steps} steps few gates have closed yet: a trial, not a result")
+    preview = shlex.quote(str(folder / "preview.png"))
+    lines.append(f"next: look at {preview}, then python evaluate.py {shlex.quote(str(folder))}")
+    return "\n".join(lines)
 
 
 def run_config(flags: dict, call: dict) -> dict:
@@ -182,35 +281,109 @@ def run_config(flags: dict, call: dict) -> dict:
     left_out = (*NOT_RECORDED, *models.CALL_FLAGS)
     config = {name: value for name, value in flags.items() if name not in left_out}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    config |= dict(model=models.portable_name(flags["model"]), call=call)
+    model, revision = models.address(models.portable_name(flags["model"]))
+    config |= dict(model=model, revision=revision, call=call)
+    if flags["on"]:  # a second run: both concepts are gone, and the same mask is to be there again
+        folder = Path(models.local_name(flags["on"]))
+        before = read_config(folder)
+        config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
+        config["kind"] = flags["kind"] or before.get("kind")
+        config["on_mask"] = hashlib.sha256((folder / "mask.safetensors").read_bytes()).hexdigest()
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)
 
 
-def read_config(folder: Path) -> dict:
-    """Its config.json, {} if there is none. Raises UserError."""
-    file = folder / "config.json"
+def read_json(file: Path) -> dict:
+    """{} if there is no such file. Raises UserError."""
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{file}: is not a JSON object")
+    return found
+
+
+def read_config(folder: Path) -> dict:
+    return read_json(folder / "config.json")
+
+
+def erased_config(folder: Path) -> dict:
+    """config.json of a folder that erase.py wrote, {} for any other. Raises UserError, which names
+    the key, for one that erase.py does not write."""
+    config = read_config(folder)
+    if "concept" not in config and not (folder / "mask.safetensors").is_file():
+        return {}
+    where = f"{folder / 'config.json'}:"
+    concepts, modules, model = map(config.get, ("concept", "modules", "model"))
+    for key, found in dict(concept=concepts, modules=modules).items():
+        if not isinstance(found, list) or not found:
+            raise UserError(f"{where} {key} is not a list of names")
+    for name in concepts:
+        promptfiles.check_concept(name, f"{where} concept")
+    for name in modules:
+        if name not in MODULES:
+            raise UserError(f"{where} modules: {name!r} is none of {', '.join(MODULES)}")
+    if not isinstance(model, str) or not model.strip() or not model.isprintable():
+        raise UserError(f"{where} model is {model!r}")
+    models.check_call(config.get("call"), f"{where} call")
     return config
 
 
-def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: int) -> None:
+def check_writable(folder: Path, flag: str = "--out_dir") -> None:
+    """Raises UserError."""
+    home = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise UserError(f"{flag}: {home} is a file")
+    if not os.access(home, os.W_OK):
+        raise UserError(f"{flag}: {home} is not ours to write to")
+
+
+def pinned_model(model: str, out_dir: Path, resume: bool) -> str:
+    """--model with the commit that main is now, or was when the run that goes on began."""
+    before = read_config(out_dir) if resume else {}
+    if before.get("revision") and before.get("model") == model:
+        model = models.recorded(before)
+    return models.pinned(model)
+
+
+def disk_of(folder: Path) -> tuple[int, int]:
+    """(which disk it is or will be on, free bytes there)."""
+    folder = folder.absolute()
+    home = next(path for path in (folder, *folder.parents) if path.exists())
+    return home.stat().st_dev, shutil.disk_usage(home).free
+
+
+def check_disk(out_dir: Path, form: str, sizes: dict) -> None:
+    """Raises UserError unless there is room for what comes from the hub and for what --save writes.
+    sizes: models.stored_bytes."""
+    cache = Path(constants.HF_HUB_CACHE)
+    of_cache, of_out_dir = disk_of(cache), disk_of(out_dir)
+    written = dict(mask=0, pipeline=sizes["all"]).get(form, sizes["transformer"]) + 2**26
+    if of_cache[0] == of_out_dir[0]:
+        written += sizes["download"]
+    for flag, needed, free, advice in (
+        ("--model", sizes["download"], of_cache[1], f"HF_HOME names another disk than {cache}"),
+        ("--out_dir", written, of_out_dir[1], "--save mask needs little"),
+    ):
+        if free < needed:
+            found = f"{free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed"
+            raise UserError(f"{flag}: {found}; {advice}")
+
+
+def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others: dict) -> None:
     """Raises UserError unless out_dir is new or empty, or, to resume, holds an unfinished run of
-    the same command; and unless the disk has room for what it writes, in bytes."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"--out_dir: {out_dir} is a file")
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not resume:
+    the same command; and unless the disks have room. Then claims it. others: {other part:
+    parameters}."""
+    check_writable(out_dir)
+    is_begun = out_dir.is_dir() and visible(out_dir)
+    if is_begun and not resume:
         advice = "choose another folder, or --resume its run"
         raise UserError(f"--out_dir: {out_dir} is not empty; {advice}")
-    if resume:
+    if resume and (is_begun or not out_dir.is_dir()):  # empty: killed before it wrote anything
         before = read_config(out_dir)
         if not before:
             raise UserError(f"--resume: no run to go on with in {out_dir} (no config.json)")
@@ -220,9 +393,6 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer_size: in
                 raise UserError(f"--resume: --{flag} {found}; repeat the same command")
         if (out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {out_dir} is finished")
-    needed = 2**26 + (transformer_size if config["save"] == "full" else 0)
-    home = next(p for p in (out_dir.absolute(), *out_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(home).free
-    if free < needed:
-        found = f"{free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed"
-        raise UserError(f"--out_dir: {found}; --save mask needs little")
+    claim(out_dir)
+    sizes = models.stored_bytes(models.recorded(config), transformer, others)
+    check_disk(out_dir, config["save"], sizes)

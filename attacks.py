@@ -233,11 +233,13 @@ def find_shots(setup: Setup, attack: str, model: Model, case: Case) -> list[dict
                 settings.append(dict(max_sequence_length=n))
         return [dict(clip=prompt, t5=prompt) | some for some in settings]
     if attack in SEARCHES:
-        key = (attack, case, model.pipe.text_encoder if attack in ENCODER else model)
-        if key not in setup.found:
-            effort = EFFORT[setup.about["budget"]][attack]
-            setup.found[key] = SEARCHES[attack](model, setup.models["base"], case, effort, rng)
-        return [setup.found[key]]
+        for record in setup.records if attack in ENCODER else ():
+            other = setup.models.get(record["target"])
+            is_same = other and other.pipe.text_encoder is model.pipe.text_encoder
+            if is_same and (record["attack"], record["case"]) == (attack, case.name):
+                return record["shots"]
+        effort = EFFORT[setup.about["budget"]][attack]
+        return [SEARCHES[attack](model, setup.models["base"], case, effort, rng)]
     return [dict(clip=prompt, t5=prompt)]  # plain, seeds, replay, and on mended weights
 
 

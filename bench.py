@@ -44,12 +44,23 @@ from costs import (
     measure,
     show,
 )
-from safely import Parser, UserError, exit_code, number
+from safely import Parser, UserError, check_regular, exit_code, number
+
+
+def read_results(file: Path, flag: str) -> dict:
+    """A file that this script wrote. Raises UserError."""
+    check_regular(file, flag)
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        results["hardware"], results["versions"]["torch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{flag}: {file} is no results file of bench.py") from None
+    return results
 
 
 def table(file: Path) -> str:
     """One results file as Markdown."""
-    results = json.loads(file.read_text())
+    results = read_results(file, "--table")
     title = f"`{file}`: {results['hardware']}, torch {results['versions']['torch']}"
     parts = ("forms", "growth", "full", "loops", "fold", "quantized")
     tables = [markdown(results[part]) for part in parts if results.get(part)]
@@ -168,7 +179,7 @@ def parse_args(argv=None):
     kinds = ["none", *lowmem.LIBRARIES]
     add("--quantize", nargs="+", choices=kinds, default=kinds, help=of_full)
     add("--compile", action="store_true", help="of --full, as erase.py --compile")
-    pixels = number(int, 16, multiple=16)
+    pixels = number(int, 16, 8192, 16)
     help = "of --full, pixels a side (%(default)s)"
     add("--sizes", nargs="+", type=pixels, default=[512, 1024], help=help)
     help = "of --full, pictures at a time (%(default)s)"
@@ -184,9 +195,9 @@ def parse_args(argv=None):
 
 
 def run(args) -> None:
-    for file in args.table:
-        if not file.is_file():
-            raise UserError(f"--table: cannot read {file}")
+    if args.out:
+        check_regular(args.out, "--out")
+        artefacts.check_writable(args.out.parent, "--out")
     if args.full and not torch.cuda.is_available():
         raise UserError("--full: needs a CUDA GPU, none is here")
     if args.compile and not args.full:
@@ -207,7 +218,7 @@ def run(args) -> None:
             dict(quantize=kind, size=size, form=form, **common)
             for kind, size, form in itertools.product(args.quantize, args.sizes, args.forms)
         ]
-        before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+        before = read_results(args.out, "--out") if args.out and args.out.exists() else {}
         rows = before.get("full", []) if results.items() <= before.items() else []
         limits = dict(repeats=args.repeats, limit=args.limit)
         results |= fullsize.bench_full(rows, modes, device="cuda", **limits)

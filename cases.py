@@ -11,7 +11,7 @@ import models  # first: it keeps transformers quiet
 # isort: split
 from diffusers import FluxPipeline
 
-from artefacts import read_config
+from artefacts import erased_config
 from promptfiles import (
     concept_pairs,
     cycle,
@@ -35,27 +35,29 @@ class Subject(NamedTuple):
     concept: list[str]
     model: str
     call: dict  # what pipe(...) takes
+    kind: str | None = None  # of a concept that no vocabulary has
 
 
-def read_subject(paths: list[Path], concept, model, flags: dict) -> Subject:
+def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> Subject:
     """What the command line leaves open comes from the first erased folder's config.json. flags:
     models.CALL_FLAGS, None where not given. Raises UserError."""
     config = {}
     for path in paths:
-        found = read_config(path)
+        found = erased_config(path)
         if "concept" in found and not (path / "mask.safetensors").is_file():
             raise UserError(f"{path}: no mask.safetensors, so no finished erased model")
         if "concept" in found and not config:
             config = found
     concept = concept or config.get("concept")
-    model = model or config.get("model")
+    model = model or models.recorded(config)
     for flag, value in (("concept", concept), ("model", model)):
         if not value:
             raise UserError(f"--{flag}: needed, {paths[0]}/config.json does not say it")
-    model = models.local_name(model)
+    model = models.pinned(models.local_name(model))
     call = dict(config.get("call", {}))
     call |= {name: value for name, value in flags.items() if value is not None}
-    return Subject(concept, model, models.sampler_call(model, models.pipeline_class(model), **call))
+    call = models.sampler_call(model, models.pipeline_class(model), **call)
+    return Subject(concept, model, call, kind or config.get("kind"))
 
 
 class Words(NamedTuple):
@@ -64,6 +66,7 @@ class Words(NamedTuple):
     concepts: list[str]  # as the vocabulary spells them
     vocabulary: dict  # {word: {kind, question, synonyms}}
     folder: Path  # prompt files
+    kind: str | None = None  # of a concept that no vocabulary has
 
     def others(self, prompt: str, kind: str) -> list[str]:
         """Words of that kind which the prompt names beside the concepts."""
@@ -73,12 +76,14 @@ class Words(NamedTuple):
 
 def read_words(subject: Subject) -> Words:
     folder = models.prompt_folder(subject.model)
-    return Words(*read_vocabulary(folder / "vocabulary.csv", subject.concept), folder)
+    known = read_vocabulary(folder, subject.concept, subject.kind)
+    return Words(*known, folder, subject.kind)
 
 
-def concept_rows(concept: str, folder: Path, split: str = "test", file=None) -> list[dict]:
+def concept_rows(concept: str, words: Words, split: str = "test", file=None) -> list[dict]:
     """The concept's prompt pairs of one split, from `file`, its own file or templates."""
-    return of_split(concept_pairs(concept, folder, file=file), split)
+    kind = words.kind if concept in words.concepts else None
+    return of_split(concept_pairs(concept, words.folder, file=file, kind=kind), split)
 
 
 def nearest_words(concept: str, words: Words, clip) -> list[str]:
@@ -104,6 +109,7 @@ class Case(NamedTuple):
     prompt: str
     seed: int
     asks: list  # [(metric, word)]
+    neutral: str | None = None  # of a concept prompt: the prompt without the concept
 
     @property
     def file(self) -> str:
@@ -149,7 +155,7 @@ def make_cases(
             if len(words.concepts) > 1:
                 rows = [row for row in rows if mentions(concept, row["prompt"])]
         else:
-            rows = concept_rows(concept, words.folder)
+            rows = concept_rows(concept, words)
         if prompts and not rows:
             lacking = f"has no prompt for {concept!r}, one of several concepts"
             raise UserError(f"--prompts: {prompts} {lacking}")
@@ -178,7 +184,7 @@ def make_cases(
         for concept in words.concepts:
             near += nearest_words(concept, words, clip)
     for word in dict.fromkeys(near):  # once, however many of the concepts it is near
-        rows = without(words.concepts, concept_rows(word, words.folder))
+        rows = without(words.concepts, concept_rows(word, words))
         for row in cycle(rows, per_neighbour):
             found.append(("neighbours", row, [("neighbours", word)]))
 
@@ -186,7 +192,8 @@ def make_cases(
     count = Counter()
     for name, row, asks in found:
         seed = row["evaluation_seed"]
-        cases.append(Case(name, f"{count[name]:05d}_{seed}", row["prompt"], seed, asks))
+        neutral = row.get("neutral_prompt") if name == "concept" else None
+        cases.append(Case(name, f"{count[name]:05d}_{seed}", row["prompt"], seed, asks, neutral))
         count[name] += 1
     return cases, minors
 

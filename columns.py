@@ -3,8 +3,6 @@ out. A picture is drawn once and kept."""
 
 import copy
 import hashlib
-import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +13,15 @@ import models  # first: it keeps transformers quiet
 # isort: split
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import erase
-from artefacts import fingerprint, load_mask, read_config
+from artefacts import erased_config, fingerprints, load_mask, read_config, read_json, write_json
 from cases import Case
 from pictures import check_picture, draw
-from safely import UserError, first_line, write_atomically
+from safely import UserError, check_link, first_line, remove_leftovers, write_atomically
 
 
 class Column(NamedTuple):
@@ -51,6 +50,7 @@ def with_transformer(base, folder: Path):
     pipe = copy.copy(base)
     how = dict(dtype=base.transformer.dtype, use_safetensors=True)
     pipe.transformer = type(base.transformer).from_pretrained(folder, **how)
+    models.check_whole(str(folder), pipe.transformer)
     return pipe
 
 
@@ -58,11 +58,10 @@ def make_column(path: Path, out_dir: Path, base) -> Column:
     """The column of an erased folder of ours, a diffusers pipeline or transformer folder, or a
     folder of pictures. base: the base's pipeline. Raises UserError."""
     home = out_dir / re.sub(r"\W+", "_", str(path)).strip("_")
-    if "concept" in read_config(path):
+    if erased_config(path):
         file = path / "mask.safetensors"
-        mask = load_mask(file, base.transformer)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        return Column(str(path), home, lambda: base, mask, digest)
+        mask = load_mask(file, base)
+        return Column(str(path), home, lambda: base, mask, digest(file))
     kind = type(base.transformer).__name__
     folders = [path, path / "transformer"]
     folders = [folder for folder in folders if read_config(folder).get("_class_name") == kind]
@@ -76,11 +75,10 @@ def make_column(path: Path, out_dir: Path, base) -> Column:
         holds = "neither an erased model, a diffusers model nor pictures"
         raise UserError(f"{path}: is empty, or holds {holds}")
     try:  # loaded once here: what is wrong with it shows before anything is drawn
-        parts = [part for _, part in sorted(column.load().components.items())]
-        weights = [fingerprint(part) for part in parts if isinstance(part, torch.nn.Module)]
+        weights = " ".join(fingerprints(column.load()).values())
     except (*models.LOADING_ERRORS, RuntimeError) as error:
         raise UserError(f"{path}: cannot load: {first_line(error)}") from None
-    return column._replace(weights=" ".join(weights))  # text encoders too: some methods edit them
+    return column._replace(weights=weights)  # text encoders too: some methods edit them
 
 
 def random_mask(mask: dict, seed: int = 0) -> dict:
@@ -92,13 +90,34 @@ def random_mask(mask: dict, seed: int = 0) -> dict:
     return shuffled
 
 
-def soft_gates(folder: Path, transformer) -> dict:
-    """The relaxed gates as training left them, neither thresholded nor folded."""
-    config = read_config(folder)
-    logits = load_file(folder / "state.safetensors")["logits"]
-    threshold = erase.closing_threshold(logits, config["max_closed"])
-    gates = erase.relax(logits, config["gate"], threshold)
-    return erase.split(gates, erase.gate_sites(transformer, config["modules"]))
+def load_logits(file: Path, gates: int) -> torch.Tensor:
+    """(G,) as training left them. Raises UserError."""
+    try:
+        logits = load_file(file)["logits"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{file}: is damaged ({first_line(error)})") from None
+    if logits.shape != (gates,) or not logits.isfinite().all():
+        raise UserError(f"{file}: is damaged (not {gates} finite logits)")
+    return logits
+
+
+def soft_gates(folder: Path, mask: dict, transformer) -> dict:
+    """The relaxed gates as training left them, neither thresholded nor folded; but what an earlier
+    run had closed in the mask stays closed."""
+    config = erased_config(folder)
+    gate, most = config.get("gate"), config.get("max_closed")
+    if gate not in erase.START or type(most) not in (int, float) or not 0 <= most <= 1:
+        raise UserError(f"{folder / 'config.json'}: gate is {gate!r}, max_closed {most!r}")
+    sites = erase.gate_sites(transformer, config["modules"])
+    logits = load_logits(folder / "state.safetensors", sum(site.units for site in sites.values()))
+    threshold = erase.closing_threshold(logits, most)
+    gates = erase.relax(logits, gate, threshold)
+    is_open = erase.split((logits > threshold).float(), sites)
+    soft = dict(mask)
+    for site, gates_there in erase.split(gates, sites).items():
+        was_closed = (is_open[site] == 1) & (mask[site] == 0)
+        soft[site] = torch.where(was_closed, 0.0, gates_there)
+    return soft
 
 
 def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], str]:
@@ -116,16 +135,9 @@ def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], s
     controls.append(Column("random gates", out_dir / "random_gates", base.load, mask, weights))
     if not (Path(masked.name) / "state.safetensors").is_file():
         return controls, f"no soft gates: no state.safetensors in {names}"
-    gates = soft_gates(Path(masked.name), base.load().transformer)
+    gates = soft_gates(Path(masked.name), masked.gates, base.load().transformer)
     controls.append(Column("soft gates", out_dir / "soft_gates", base.load, gates, masked.weights))
     return controls, ""
-
-
-def check_writable(out_dir: Path) -> None:
-    """Raises UserError."""
-    home = next(path for path in (out_dir.absolute(), *out_dir.absolute().parents) if path.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"--out_dir: {home} is a file, or not ours to write to")
 
 
 def check_columns(columns: list[Column], cases: list[Case], listings: dict, size: tuple) -> None:
@@ -135,15 +147,33 @@ def check_columns(columns: list[Column], cases: list[Case], listings: dict, size
     if len(set(names)) < len(names) or len({column.folder for column in columns}) < len(names):
         raise UserError(f"--compare: two columns of the same name: {', '.join(names)}")
     for column in columns:
-        file = column.folder / "cases.json"
+        files = column.files(cases)
+        homes = {column.folder, *(file.parent for file in files)}
+        for path in (*homes, *files) if column.load else ():
+            check_link(path)
+            remove_leftovers(path)
         if column.load and any(column.folder.glob("*/*.png")):
-            if not file.is_file() or json.loads(file.read_text()) != listings[column.name]:
+            if read_json(column.folder / "cases.json") != listings[column.name]:
                 found = f"{column.folder} holds pictures of other prompts, sizes or weights"
                 raise UserError(f"--out_dir: {found}; delete it or choose another folder")
     for column in columns:
-        for file in column.files(cases):
+        known = read_json(column.folder / "pictures.json") if column.load else {}
+        for case, file in zip(cases, column.files(cases), strict=True):
             if not column.load or file.exists():
                 check_picture(file, size)
+                if case.file in known and known[case.file] != digest(file):
+                    raise UserError(f"{file}: was changed since it was drawn; delete it")
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def write_digests(column: Column, cases: list[Case]) -> None:
+    """Of the pictures that it drew, by which check_columns() knows them again."""
+    files = zip(cases, column.files(cases), strict=True)
+    known = {case.file: digest(file) for case, file in files}
+    write_json(column.folder / "pictures.json", known)
 
 
 def my_batches(cases: list[Case], size: int) -> list[list[Case]]:
@@ -153,6 +183,54 @@ def my_batches(cases: list[Case], size: int) -> list[list[Case]]:
     return [cases[start : start + size] for start in starts]
 
 
+LATENTS = "latents.safetensors"
+
+
+def save_latents(column: Column, pipe, cases: list[Case], call: dict, batch: int) -> None:
+    """The final latents (N, ...) of the concept prompts; the base's of their neutral prompts too,
+    from the same noise."""
+    paired = [case for case in cases if case.neutral is not None]
+    prompts = dict(concept=[case.prompt for case in paired])
+    if column.name == "base":
+        prompts["neutral"] = [case.neutral for case in paired]
+    latents = {}
+    for name, texts in prompts.items():
+        parts = []
+        for start in range(0, len(paired), batch):
+            part = slice(start, start + batch)
+            seeds = [case.seed for case in paired[part]]
+            with torch.no_grad():
+                parts.append(erase.rollout(pipe, texts[part], seeds, **call).cpu())
+        latents[name] = torch.cat(parts)
+    write_atomically(column.folder / LATENTS, lambda path: save_file(latents, path))
+
+
+def residues(column: Column, base: Column, cases: list[Case]) -> dict:
+    """{(set, name, "residue", concept): |erased - neutral|^2 / |base - neutral|^2 of the final
+    latents}: 0 is the neutral picture, 1 the base's. It sees what a judge overlooks. {} for
+    pictures without a model, and without neutral prompts. Raises UserError."""
+    paired = [case for case in cases if case.neutral is not None]
+    if not paired or not column.load:
+        return {}
+    loaded = []
+    for one in (column, base):
+        try:
+            loaded.append(load_file(one.folder / LATENTS))
+        except (SafetensorError, OSError) as error:
+            found = f"is damaged ({first_line(error)}); delete it"
+            raise UserError(f"{one.folder / LATENTS}: {found}") from None
+    erased, before = loaded
+    if not len(erased["concept"]) == len(before["neutral"]) == len(paired):
+        raise UserError(f"{column.folder / LATENTS}: is of other prompts; delete it")
+    after = erase.squared_error(erased["concept"], before["neutral"])
+    whole = erase.squared_error(before["concept"], before["neutral"])
+    ratios = (after / whole.clamp(min=1e-12)).tolist()
+    found = {}
+    for case, ratio in zip(paired, ratios, strict=True):
+        found[case.set, case.name, "residue", case.asks[0][1]] = ratio
+    return found
+
+
 def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, device) -> None:
     """Draws the pictures that are not there yet, whole batches at a time: a picture has the same
     bits whichever process draws it and whatever is there already."""
@@ -160,7 +238,10 @@ def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, devi
     for part in my_batches(cases, batch):
         if column.load and not all(file.exists() for file in column.files(part)):
             todo.append(part)
-    if todo:
+    paired = [case for case in cases if case.neutral is not None]
+    lacks_latents = column.load and paired and not (column.folder / LATENTS).exists()
+    is_first = PartialState().is_main_process
+    if todo or (lacks_latents and is_first):
         pipe = column.load()
         if "encode_prompt" not in vars(pipe):  # once for all columns of the base
             models.remember_prompts(pipe)
@@ -174,5 +255,7 @@ def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, devi
                     if not file.exists():
                         file.parent.mkdir(parents=True, exist_ok=True)
                         write_atomically(file, lambda path: picture.save(path, format="png"))
+            if lacks_latents and is_first:
+                save_latents(column, pipe, cases, call, batch)
         pipe.to("cpu")  # one model at a time on the device
     PartialState().wait_for_everyone()

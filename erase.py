@@ -45,14 +45,14 @@ from safely import Parser, UserError, exit_code, number
 from sites import MODULES, TOKENS_FIRST, absent, fold, gate_sites, shaped  # noqa: F401
 
 # Flags by preset: the paper's table 6, and what measured best on tiny/flux; then kind and help.
-PRESETS = ("paper", "tiny")
+PRESETS = dict(paper="paper (--preset tiny keeps far more other things: RESULTS.md)", tiny="tiny")
 POSITIVE, COUNT, SHARE = number(float, 0), number(int, 1), number(float, 0, 1)
 DEFAULTS = dict(
     gate=("hard_concrete", "straight_through", str, "relaxation of the gates"),
     lr_ffn=(0.5, 0.25, POSITIVE, "learning rate of all gates but norm's"),
     lr_norm=(0.5, 0.25, POSITIVE, "learning rate of the norm gates"),
     lr_decay=(0, 1, number(int, 0, 1), "1: the learning rates fall linearly to 0"),
-    weight_decay=(0.01, 0.0, POSITIVE, "AdamW's, on the logits"),
+    weight_decay=(0.01, 0.0, SHARE, "AdamW's, on the logits"),
     adam_eps=(1e-8, 1e-4, POSITIVE, "AdamW's: gates with gradients far below it stay"),
     beta=(0.01, 3.0, POSITIVE, "weight of preserve_loss"),
     batch=(4, 4, COUNT, "concept prompts a step"),
@@ -157,7 +157,7 @@ def rollout(pipe, prompts, seeds, **call) -> torch.Tensor:
 def rollout_backward(pipe, prompts, seeds, loss_of_final, checkpoint="step", **call):
     """Adds the gradient of loss_of_final(final latents) to all that the rollout hangs on; what is
     computed again for it, `checkpoint` says. Returns (loss, final latents), detached."""
-    with recompute.checkpointed(pipe.transformer, checkpoint):
+    with recompute.checkpointed(pipe, checkpoint, call):
         final = rollout(pipe, prompts, seeds, **call)
         loss = loss_of_final(final)
         loss.backward()
@@ -215,12 +215,13 @@ def harm_of_closing(
     seeds = [TRAIN_NOISE + rng.randrange(2**20) for _ in chosen]
     total = sum(site.units for site in sites.values())
     harm = torch.zeros(total, device=pipe._execution_device)
-    generator = torch.Generator().manual_seed(seed)
-    for start in tqdm(range(0, draws, micro_batch), "harm", disable=rank > 0):
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    chosen, seeds = chosen[rank::count], seeds[rank::count]  # each process has its share
+    for start in tqdm(range(0, len(chosen), micro_batch), "harm", disable=rank > 0):
         part = slice(start, start + micro_batch)
 
-        def projection(final):  # v picture by picture: the same in batches of any size
-            v = torch.stack([torch.randn(x.shape, generator=generator) for x in final])
+        def projection(final):  # v picture by picture, those of other processes drawn too
+            v = torch.stack([[normal(x.shape) for _ in range(count)][rank] for x in final])
             return (final.float() * v.to(final.device)).sum() / final[0].numel() ** 0.5
 
         # each picture has its own gates, so that one backward gives every picture's gradient
@@ -228,9 +229,9 @@ def harm_of_closing(
         with gated(pipe.transformer, split(gates, sites)):
             rollout_backward(pipe, chosen[part], seeds[part], projection, checkpoint, **call)
         harm += gates.grad.square().sum(0) / draws
-    if count > 1:  # all draw the same, but the sums of GPUs differ in the last bits
+    if count > 1:
         dist.all_reduce(harm)
-    return split(harm.cpu() / count, sites)
+    return split(harm.cpu(), sites)
 
 
 def choose(rng, indices: range, size: int, hard: float, latest) -> list[int]:
@@ -348,14 +349,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.device = args.device or models.default_device()
-    if args.model is None:
-        args.model = models.TINY if args.device == "cpu" else models.SCHNELL
+    args.model, args.on = artefacts.base_of(args.model, args.device)
     is_tiny = models.is_embedded(args.model)
     args.preset = args.preset or ("tiny" if is_tiny else "paper")
     for name, columns in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, columns[PRESETS.index(args.preset)])
-    args.micro_batch = args.micro_batch or (16 if is_tiny else 1)
+            setattr(args, name, columns[list(PRESETS).index(args.preset)])
     args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
     args.out_dir = args.out_dir or artefacts.default_folder(args.concept)
     return args
@@ -378,26 +377,28 @@ def run(args) -> None:
             found = f"{size} prompts cannot be split evenly over {workers.num_processes} processes"
             raise UserError(f"--{flag}: {found}")
     rows = promptfiles.training_rows(models.prompt_folder(args.model), **flags(promptfiles.FLAGS))
-    kind, meta, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
+    args.model = artefacts.pinned_model(args.model, args.out_dir, args.resume)
+    kind, meta, others, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
     sites = gate_sites(meta, args.modules)
-    args.checkpoint, plan = lowmem.plan(meta, kind, sites, call, args.device, **flags(lowmem.FLAGS))
+    chosen, plan = lowmem.plan(meta, others, kind, sites, call, args.device, **flags(lowmem.FLAGS))
+    vars(args).update(chosen)
     config = artefacts.run_config(vars(args), call)
     total = sum(site.units for site in sites.values())
     workers.print(
-        f"model: {config['model']} ({kind.__name__}); preset {args.preset}; {total:,} gates in "
-        f"{len(sites)} layers{absent(meta, args.modules)}; {len(rows.pairs)} concept pairs, "
-        f"{len(rows.retain)} retain prompts\n{plan}",
+        f"model: {args.on or config['model']} ({kind.__name__}); preset {PRESETS[args.preset]}; "
+        f"{total:,} gates in {len(sites)} layers{absent(meta, args.modules)}; {len(rows.pairs)} "
+        f"concept pairs, {len(rows.retain)} retain prompts\n{plan}",
         flush=True,
     )
     if args.dry_run:
         workers.print(json.dumps(config, indent=1))
         return
-    artefacts.check_folder(args.out_dir, config, args.resume, models.stored_bytes(args.model, meta))
+    artefacts.check_folder(args.out_dir, config, args.resume, meta, others)
     cases = len(rows.pairs) + len(rows.retain)
     first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
 
-    pipe = models.load_pipeline(args.model, "cpu", models.default_dtype(args.device))
-    base = artefacts.fingerprint(pipe.transformer)
+    dtype = models.default_dtype(args.device, meta)
+    pipe, base, earlier = artefacts.load_base(args.model, args.on, dtype)
     workers.wait_for_everyone()  # all have looked at out_dir
     on_step = artefacts.open_folder(args.out_dir, config, first_step) if is_first else None
 
@@ -417,6 +418,7 @@ def run(args) -> None:
     mask = train(pipe, pairs, retain, **settings)
     if not is_first:
         return
+    mask, modules = artefacts.joined(mask, args.modules, earlier)
 
     # what it did, on prompts and noises that training never had; gated and folded are the same bits
     errors = {}
@@ -430,16 +432,12 @@ def run(args) -> None:
             sheet += pictures.draw_rows(pipe, name, held_out, call, args.micro_batch)
     pictures.save_preview(args.out_dir / "preview.png", sorted(sheet, key=lambda row: row[0]))
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))
-    if args.save == "full":
-        artefacts.save_folded(args.model, kind, mask, args.out_dir / "transformer")
+    artefacts.save_as(args.save, args.model, kind, mask, args.out_dir)
     line = pictures.summary(mask, errors, held_out, time.time() - began, args.device)
     facts = config | dict(pairs=len(pairs), retain=len(retain), held_out=len(tests))
     pictures.save_card(args.out_dir, line, base, facts)
-    artefacts.save_mask(args.out_dir / "mask.safetensors", mask, base, args.modules)  # finished
-    print(f"{line}\nwrote {args.out_dir}/: {artefacts.listing(args.out_dir)}")
-    if args.steps < 200:
-        print(f"after only {args.steps} steps few gates have closed yet: a trial, not a result")
-    print(f"next: look at {args.out_dir}/preview.png, then python evaluate.py {args.out_dir}")
+    artefacts.save_mask(args.out_dir / "mask.safetensors", mask, base, modules)  # finished
+    print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps)}")
 
 
 def main(argv=None) -> int:

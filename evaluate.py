@@ -18,6 +18,7 @@ report.py what became of it.
 """
 
 import csv
+import io
 import json
 import shlex
 import sys
@@ -34,7 +35,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import report
-from artefacts import fingerprint, write_json
+from artefacts import check_writable, fingerprints, write_json
 from cases import (
     Case,
     Words,
@@ -48,16 +49,26 @@ from cases import (
 from columns import (
     Column,
     check_columns,
-    check_writable,
     draw_missing,
     make_column,
     make_controls,
+    residues,
+    write_digests,
 )
 from judges import NudeNet
 from panel import AT_ONCE, CLIP, LLAVA, Panel, check_fid, judged, likeness, load_panel
 from pictures import draw
-from promptfiles import COLUMNS, drop_minors
-from safely import Parser, UserError, exit_code, number
+from promptfiles import COLUMNS, add_kind, drop_minors
+from safely import (
+    Parser,
+    UserError,
+    check_link,
+    claim,
+    exit_code,
+    number,
+    visible,
+    write_atomically,
+)
 
 load_base = cache(models.load_pipeline)  # one for all folders
 
@@ -97,7 +108,7 @@ def write_pairs(file: Path, source, words: Words, panel: Panel, pipe, **how) -> 
     rows = {}
     minors = 0
     for split in ("train", "test"):
-        rows[split] = concept_rows(concept, words.folder, split, source and Path(source))
+        rows[split] = concept_rows(concept, words, split, source and Path(source))
         if rows[split]:
             rows[split], dropped = drop_minors(rows[split])
             minors += dropped
@@ -116,11 +127,12 @@ def write_pairs(file: Path, source, words: Words, panel: Panel, pipe, **how) -> 
     if not kept:
         raise UserError("--filter: no pair passes")
     columns = (*COLUMNS, "background_gap")
-    with open(file, "x", newline="", encoding="utf-8") as f:
-        form = dict(restval="", extrasaction="ignore", lineterminator="\n")
-        writer = csv.DictWriter(f, columns, **form)
-        writer.writeheader()
-        writer.writerows(kept + rows["test"])
+    form = dict(restval="", extrasaction="ignore", lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, **form)
+    writer.writeheader()
+    writer.writerows(kept + rows["test"])
+    write_atomically(file, lambda path: path.write_text(text.getvalue(), "utf-8"))
 
 
 class Evaluation(NamedTuple):
@@ -164,6 +176,9 @@ def measure(evaluation: Evaluation, device) -> dict | None:
             write_json(column.folder / "cases.json", evaluation.listings[column.name])
     for column in columns:
         draw_missing(column, cases, evaluation.call, evaluation.batch, device)
+    for column in columns:
+        if column.load and workers.is_main_process:
+            write_digests(column, cases)
     vars(base.load()).pop("encode_prompt", None)  # with the prompts that it remembers
     drawn = time.time()
 
@@ -171,6 +186,7 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     scores = {}
     for column in columns:
         scores[column.name] = judged(column, cases, panel.judge, evaluation.questions)
+        scores[column.name] |= residues(column, base, cases)
     results = {}
     for column in columns if workers.is_main_process else ():
         figures = report.rates(scores[column.name], panel.threshold, results.get("base"))
@@ -218,6 +234,7 @@ def parse_args(argv=None):
     add("--fid", choices=("judge", "inception", "none"), help=help)
     add("--real", type=Path, help="folder of real pictures, for a second FID")
     add("--concept", nargs="+", help="what was erased (the erased folder's config.json says it)")
+    add_kind(parser)
     help = "concept prompts: CSV, text or TSV file, or hf:owner/dataset[:config][:split]#column "
     add("--prompts", help=f"{help}(prompts/<concept>.csv, its test rows)")
     add("--retain", help="unrelated prompts, likewise (prompts/retain.csv, its test rows)")
@@ -246,9 +263,6 @@ def parse_args(argv=None):
         raise UserError("nothing to evaluate: name a folder that erase.py wrote")
     if args.erased and args.compare:
         raise UserError("--compare: takes all folders, none before it")
-    for flag in ("judge", "clip", "model", "prompts", "retain", "where"):
-        if getattr(args, flag) == "":  # an unset variable of the shell, no wish for the default
-            raise UserError(f"--{flag}: is empty")
     if args.threshold == 1:
         raise UserError("--threshold: must be below 1: nothing scores above it")
     if args.out_dir and len(args.erased) > 1:
@@ -256,13 +270,13 @@ def parse_args(argv=None):
     for path in folders:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
-    if args.real and not (args.real.is_dir() and any(args.real.iterdir())):
+    if args.real and not (args.real.is_dir() and visible(args.real)):
         raise UserError(f"--real: {args.real} is no folder of pictures")
     if args.where and not args.prompts:
         raise UserError("--where: goes with --prompts")
     args.device = args.device or models.default_device()
     if args.filter and not args.model:
-        args.model = models.TINY if args.device == "cpu" else models.SCHNELL
+        args.model = models.default_model(args.device)
     return args
 
 
@@ -277,17 +291,23 @@ def run(args) -> None:
     def flags(*names):
         return {name: vars(args)[name] for name in names}
 
+    given = (args.concept, args.model, flags(*models.CALL_FLAGS), args.kind)
+
     if args.filter:
         if workers.num_processes > 1:
             raise UserError("--filter: runs in one process")
-        check_writable(args.filter.parent)
-        subject = read_subject([], args.concept, args.model, flags(*models.CALL_FLAGS))
+        check_writable(args.filter.parent, "--filter")
+        subject = read_subject([], *given)
         panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
-        pipe = load_base(subject.model, "cpu", dtype)
+        words = read_words(subject)
+        file = args.prompts and Path(args.prompts)
+        concept_rows(words.concepts[0], words, file=file)  # readable?
+        pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
         batch = args.batch or (32 if models.is_embedded(subject.model) else 4)
         how = dict(call=subject.call, batch=batch, device=args.device)
-        write_pairs(args.filter, args.prompts, read_words(subject), panel, pipe, **how)
+        write_pairs(args.filter, args.prompts, words, panel, pipe, **how)
         command = ["python", "erase.py", "--concept", *args.concept, "--model", subject.model]
+        command += ["--kind", args.kind] if args.kind else []
         command = shlex.join([*command, "--prompts", str(args.filter)])
         print(f"wrote {args.filter}; next: {command}")
         return
@@ -295,24 +315,27 @@ def run(args) -> None:
     # all that can be wrong with any of the folders is found before a picture is drawn
     evaluations = []
     for paths in [args.compare] if args.compare else [[path] for path in args.erased]:
-        subject = read_subject(paths, args.concept, args.model, flags(*models.CALL_FLAGS))
+        subject = read_subject(paths, *given)
         is_tiny = models.is_embedded(subject.model)
         batch = args.batch or (32 if is_tiny else 4)
         out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else paths[0] / "eval")
+        if not args.out_dir:
+            check_link(out_dir)
         check_writable(out_dir)
+        claim(out_dir)
         words = read_words(subject)
         panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
         wanted = flags("num_pictures", "per_neighbour", "prompts", "retain", "where")
         cases, minors = make_cases(words, panel.clip, **wanted)
         by_number = "inception" if args.num_pictures > 2048 else "none"
-        real = sorted(args.real.iterdir()) if args.real else []
+        real = visible(args.real) if args.real else []
         panel = panel._replace(fid=args.fid or ("judge" if is_tiny else by_number), real=real)
         check_fid(panel, args.num_pictures)
         if args.nudenet or args.nudenet_v2 or "nudity" in words.concepts:
             panel = panel._replace(nudenet=NudeNet(args.nudenet_v2))
 
-        pipe = load_base(subject.model, "cpu", dtype)
-        weights = fingerprint(pipe.transformer)
+        pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
+        weights = " ".join(fingerprints(pipe).values())
         columns = [Column("base", out_dir / "base", lambda pipe=pipe: pipe, weights=weights)]
         columns += [make_column(path, out_dir, pipe) for path in paths]
         controls = []
@@ -328,7 +351,7 @@ def run(args) -> None:
         size = (subject.call["width"], subject.call["height"])
         check_columns(columns + controls, cases, listings, size)
 
-        names = (*words.concepts, "templates", "retain", "vocabulary")
+        names = (*words.concepts, "templates", f"templates_{subject.kind}", "retain", "vocabulary")
         files = [words.folder / f"{name.lower().replace(' ', '_')}.csv" for name in names]
         files += [Path(spec.partition("#")[0]) for spec in (args.prompts, args.retain) if spec]
         about |= panel.about() | report.provenance(subject.model, cases, files)

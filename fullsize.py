@@ -110,7 +110,7 @@ def bench_full(rows: list[dict], modes: list[dict], *, repeats: int, limit: floa
 def write_random(transformer, folder: Path, max_shard_size="2GB") -> None:
     """A stored pipeline of a transformer alone, of random bytes, a shard in memory at a time."""
     index = dict(_class_name="FluxPipeline", transformer=["diffusers", type(transformer).__name__])
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
     folder = folder / "transformer"
     transformer.save_config(folder)
     state = transformer.state_dict()
@@ -123,7 +123,9 @@ def write_random(transformer, folder: Path, max_shard_size="2GB") -> None:
             shard[name] = torch.frombuffer(noise, dtype=torch.bfloat16).view(state[name].shape)
         save_file(shard, folder / file)
     index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps(index), "utf-8"
+    )
 
 
 def bench_fold() -> dict:

@@ -9,17 +9,18 @@ import re
 from functools import cache
 from pathlib import Path
 
-from pictures import open_pictures
-from safely import UserError, first_line  # before transformers: it keeps it quiet
+import models  # first: it keeps transformers quiet
 
 # isort: split
 import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+from pictures import open_pictures
+from safely import UserError, check_regular, first_line
 
 # config.json's model_type of what ClipJudge and DetectorJudge can load
 CLIP_TYPES = ("altclip", "chinese_clip", "clip", "clipseg", "metaclip_2", "siglip", "siglip2")
@@ -57,14 +58,11 @@ def rate(seen: list[float]) -> dict | None:
 
 def load_checkpoint(auto, name: str, dtype: torch.dtype = torch.float32) -> tuple:
     """(model, processor) by one of transformers' Auto classes, on the CPU. Raises UserError."""
+    model = models.load_whole(auto, str(name), "--judge or --clip", dtype=dtype)
     try:
-        model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        processor = transformers.AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        return model, transformers.AutoProcessor.from_pretrained(name)
+    except models.LOADING_ERRORS as error:
         raise UserError(f"--judge or --clip: cannot load {name}: {first_line(error)}") from None
-    if info["missing_keys"]:  # which transformers would draw at random
-        raise UserError(f"--judge or --clip: {name} has no weights for {min(info['missing_keys'])}")
-    return model.eval(), processor
 
 
 class ClipJudge:
@@ -200,10 +198,12 @@ class NudeNet:
     def __init__(self, v2: Path | None = None):
         self.is_v2 = v2 is not None
         if self.is_v2:
+            check_regular(v2, "--nudenet_v2")
             try:
                 from onnxruntime import InferenceSession
 
-                self.classes = (v2.parent / "detector_v2_default_classes").read_text().split()
+                names = v2.parent / "detector_v2_default_classes"
+                self.classes = names.read_text(encoding="utf-8").split()
                 self.session = InferenceSession(str(v2), providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises its own kinds
                 raise UserError(f"--nudenet_v2: cannot load {v2}: {first_line(error)}") from None

@@ -2,22 +2,24 @@
 CPU memory, compiled blocks."""
 
 import functools
+import itertools
 from importlib.util import find_spec
 
 import psutil
 import torch
 
 import memory
-from models import default_dtype
+from models import default_dtype, is_cpu
 from safely import UserError, number
 
 FLAGS = ("checkpoint", "micro_batch", "quantize", "offload", "compile")
+MICRO_BATCHES = (16, 8, 4, 2, 1)
 LIBRARIES = dict(fp8="torchao", nf4="bitsandbytes")  # that --quantize needs
 
 
 def add_flags(parser) -> None:
     add = parser.add_argument
-    help = "pictures at a time, same result within rounding (embedded models: 16, else 1)"
+    help = "pictures at a time, same result within rounding (16, or fewer if only they fit)"
     add("--micro_batch", type=number(int, 1), help=help)
     help = "what the backward computes again; auto: what fits (embedded models: none, else auto)"
     add("--checkpoint", choices=("auto", "none", "step", "block", "both"), help=help)
@@ -59,35 +61,56 @@ def check_combination(*, checkpoint, quantize, offload, compile) -> None:
 
 
 def plan(
-    transformer, pipeline_class, sites, call, device,
+    transformer, others, pipeline_class, sites, call, device,
     *, checkpoint, micro_batch, quantize="none", offload=False, compile=False,
-) -> tuple[str, str]:  # fmt: skip
-    """(how to checkpoint, a line that says why): of "auto" the fastest that fits. The transformer
-    may be on torch's meta device. call: what pipe(...) takes; after the *: FLAGS.
-    Raises UserError for flags that do not go together, and, with what would fit, if nothing does.
+) -> tuple[dict, str]:  # fmt: skip
+    """({checkpoint, micro_batch}, a line that says why): of "auto" the fastest that fits, with as
+    many pictures as fit where micro_batch is None. The transformer may be on torch's meta device.
+    others: {other part: parameters}; call: what pipe(...) takes; after the *: FLAGS.
+
+    On a CPU everything counts, and --quantize and --offload save nothing. Raises UserError for
+    flags that do not go together, and, with what would fit, if nothing does.
     """
     check_combination(checkpoint=checkpoint, quantize=quantize, offload=offload, compile=compile)
-    load = memory.load_of(pipeline_class, call)
-    needs = functools.partial(
-        memory.memory_needed,
-        transformer,
-        sites=sites,
-        load=load,
-        itemsize=default_dtype(device).itemsize,
-    )
-    free = free_memory(device)
     modes = [checkpoint]
     if checkpoint == "auto":
         modes = ["block", "both"] if offload else ["none", "step", "block", "both"]
-    for mode in modes:
-        size = needs(checkpoint=mode, pictures=micro_batch, quantize=quantize, offload=offload)
+    counts = [micro_batch] if micro_batch else MICRO_BATCHES
+    itemsize = default_dtype(device, transformer).itemsize
+    encoders = itemsize * sum(size for part, size in others.items() if "text" in part)
+    free, free_of_host = free_memory(device), free_memory("cpu")
+    beside = 0
+    if is_cpu(device):
+        quantize, offload = "none", False
+        beside = itemsize * sum(others.values())
+    load = memory.load_of(pipeline_class, call)
+    needed = functools.partial(memory.memory_needed, transformer, sites=sites, load=load)
+
+    def needs(mode, count, quantize, offload):
+        how = dict(quantize=quantize, offload=offload, itemsize=itemsize)
+        return needed(checkpoint=mode, pictures=count, **how) + beside
+
+    of_host = memory.block_bytes(transformer, itemsize, quantize)
+    if offload and of_host > free_of_host:
+        found = f"{of_host / 2**30:.1f} GiB of CPU memory, {free_of_host / 2**30:.1f} GiB are free"
+        raise UserError(f"--offload: needs about {found}")
+    for mode, count in itertools.product(modes, counts):
+        size = needs(mode, count, quantize, offload)
         found = f"needs about {size / 2**30:.1f} GiB of {device}, {free / 2**30:.1f} GiB are free"
         if size <= free:
-            return mode, f"checkpoint {mode}: {found}"
+            line = f"checkpoint {mode}, micro_batch {count}: {found}"
+            if encoders + 2**30 >= free:  # as encode_all sees it
+                size = f"{encoders / 2**30:.1f} GiB"
+                line += f"; the text encoders, {size}, do not fit there and encode on the CPU"
+            return dict(checkpoint=mode, micro_batch=count), line
 
+    ways = [("none", False)]
+    if not is_cpu(device):
+        ways += [("fp8", False), ("nf4", False)]
+        ways += [("none", True)] * (memory.block_bytes(transformer, itemsize) <= free_of_host)
     fitting = []
-    for kind, moved in (("none", False), ("fp8", False), ("nf4", False), ("none", True)):
-        size = needs(checkpoint="both", pictures=1, quantize=kind, offload=moved)
+    for kind, moved in ways:
+        size = needs("both", 1, kind, moved)
         flags = f" --quantize {kind}" * (kind != "none") + " --offload" * moved
         if size <= free:
             fitting.append(f"--checkpoint both --micro_batch 1{flags} ({size / 2**30:.1f} GiB)")
@@ -131,6 +154,22 @@ def quantize(transformer, kind: str, device) -> None:
                 transformer.set_submodule(name, new.to(device))
 
 
+def pack(parameters: list, pin: bool, chunk: int = 2**30) -> None:
+    """Moves the parameters' weights side by side into buffers of `chunk` bytes, page-locked if pin.
+    torch gives every page-locked tensor a power of two of bytes: one by one, FLUX.1's 22 GiB of
+    blocks would take 34."""
+    buffer = torch.empty(0)
+    start = 0
+    for p in parameters:
+        size = p.data.nbytes
+        if start + size > buffer.nbytes:
+            buffer = torch.empty(max(chunk, size), dtype=torch.uint8, pin_memory=pin)
+            start = 0
+        place = buffer[start : start + size].view(p.dtype).view(p.shape)
+        p.data = place.copy_(p.data)
+        start += -(-size // 64) * 64  # every weight starts at a multiple of 64 bytes
+
+
 def offload(transformer, device) -> None:
     """Keeps the blocks' weights in CPU memory: a block computes with copies on the device that go
     when it is done. With block checkpointing (only then) autograd keeps no copy either: the
@@ -152,10 +191,11 @@ def offload(transformer, device) -> None:
             for store, weights in zip(stores, own, strict=True):
                 store.update(weights)
 
-    for block in blocks_of(transformer):
-        for p in block.parameters():  # page-locked memory copies faster, and without waiting
-            if torch.device(device).type == "cuda" and type(p.data) is torch.Tensor:
-                p.data = p.data.pin_memory()
+    blocks = blocks_of(transformer)
+    if not is_cpu(device):  # page-locked memory copies faster, and without waiting
+        weights = [p for block in blocks for p in block.parameters()]
+        pack([p for p in weights if type(p.data) is torch.Tensor], pin=True)
+    for block in blocks:
         block.forward = functools.partial(on_device, block, block.forward)
     for child in transformer.children():
         if not isinstance(child, torch.nn.ModuleList):

@@ -89,6 +89,12 @@ def block_needs(block, name: str, gated_layers: set, load: Load, itemsize: int) 
     return kept, everything * inner, 2.5 * everything * max(map(max, sizes.values()))
 
 
+def block_bytes(transformer, itemsize, quantize="none") -> int:
+    """Of all blocks' weights: what --offload keeps in CPU memory."""
+    sizes = [p.numel() for b in blocks_of(transformer).values() for p in b.parameters()]
+    return round(sum(sizes) * BYTES.get(quantize, itemsize))
+
+
 def memory_needed(
     transformer, *, sites, load, pictures, itemsize, checkpoint, quantize="none", offload=False
 ) -> int:

@@ -1,5 +1,6 @@
 """A hub id or a folder in, a stock diffusers text-to-image pipeline out."""
 
+import argparse
 import contextlib
 import inspect
 import re
@@ -11,7 +12,15 @@ import safely  # noqa: F401  (first: it keeps transformers quiet)
 import diffusers
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
@@ -52,23 +61,22 @@ CALLS = {
 }
 # Flags that go to the sampler, under diffusers' own names.
 CALL_FLAGS = dict(
-    num_inference_steps=number(int, 1),
+    num_inference_steps=number(int, 1, 1000),
     guidance_scale=number(float, 0),
     true_cfg_scale=number(float, 0),
     negative_prompt=str,
-    height=number(int, 16, multiple=16),
-    width=number(int, 16, multiple=16),
+    height=number(int, 16, 8192, 16),
+    width=number(int, 16, 8192, 16),
     max_sequence_length=number(int, 1, 512),
 )
 # Texts that encode_prompt takes, one a picture; Lumina 2 has a system_prompt for all.
 PROMPT = re.compile(r"(negative_)?prompt(_\d)?")
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, HTTPError)
 
 
 def add_flags(parser) -> None:
-    parser.add_argument(
-        "--model", help=f"hub id or diffusers folder ({SCHNELL} with a CUDA GPU, else tiny/flux)"
-    )
+    help = f"hub id, id@revision or diffusers folder ({SCHNELL} with a CUDA GPU, else tiny/flux)"
+    parser.add_argument("--model", help=help)
     parser.add_argument("--device", help="(cuda if there is one, else cpu)")
     for name, kind in CALL_FLAGS.items():
         help = "as in diffusers (the model's own card)"
@@ -88,6 +96,58 @@ def portable_name(name: str) -> str:
     return str(path.relative_to(HERE) if path.is_relative_to(HERE) else path)
 
 
+def address(model: str) -> tuple[str, str | None]:
+    """(folder or hub id, the revision that follows a hub id's @)."""
+    name, _, revision = model.partition("@")
+    return (model, None) if Path(model).exists() or not revision else (name, revision)
+
+
+def recorded(config: dict) -> str:
+    """The model that a config.json names, as --model takes it; "" if it names none."""
+    model = config.get("model", "")
+    revision = config.get("revision")
+    return f"{model}@{revision}" if revision else model and local_name(model)
+
+
+def pinned(model: str) -> str:
+    """A hub's model as id@commit, for main may move during a run. Raises UserError."""
+    name, revision = address(model)
+    if Path(name).exists():
+        return model
+    try:
+        file = hf_hub_download(name, "model_index.json", revision=revision)
+    except LOADING_ERRORS as error:
+        raise UserError(why_not(model, error, "is not a diffusers pipeline")) from None
+    return f"{name}@{Path(file).parent.name}"  # the hub's cache has a folder for each commit
+
+
+def why_not(model: str, error: Exception, what: str, flag: str = "--model") -> str:
+    """A line that says why the model does not load: the hub's own error, which diffusers wraps in
+    others, or else `what`."""
+    name, revision = address(model)
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+
+    def has(*kinds):
+        return any(isinstance(error, kinds) for error in chain)
+
+    statuses = [getattr(getattr(error, "response", None), "status_code", None) for error in chain]
+    is_away = has(LocalEntryNotFoundError, ConnectionError, HTTPError)
+    if has(GatedRepoError) or 403 in statuses:
+        page = f"https://huggingface.co/{name}"
+        what = f"is gated: accept its licence on {page}, then `hf auth login`"
+    elif has(RepositoryNotFoundError) or 401 in statuses:
+        what = "is no folder, and not on the hub or private; if private, first `hf auth login`"
+    elif has(RevisionNotFoundError):
+        what = f"has no revision {revision} on the hub"
+    elif is_away and not has(RemoteEntryNotFoundError):
+        what = "is no folder and not whole in the hub's cache, and the hub is not reached"
+    else:
+        what = f"{what}: {first_line(error)}"
+    return f"{flag}: {name} {what}"
+
+
 def is_embedded(model: str) -> bool:
     """Whether it is one of tiny/, whose models have prompts and a judge of their own."""
     return Path(model).resolve().is_relative_to(HERE / "tiny")
@@ -101,31 +161,51 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def default_dtype(device) -> torch.dtype:
-    """bf16, but fp32 on a CPU, under whatever index: a process group names it cpu:0."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+def is_cpu(device) -> bool:
+    """Under whatever index: a process group names it cpu:0."""
+    return torch.device(device).type == "cpu"
+
+
+def default_dtype(device, transformer=None) -> torch.dtype:
+    """bf16, but fp32 on a CPU, unless the transformer has more than 10^9 parameters."""
+    size = sum(p.numel() for p in transformer.parameters()) if transformer else 0
+    return torch.float32 if is_cpu(device) and size <= 10**9 else torch.bfloat16
+
+
+def dtype_of(model: str, device) -> torch.dtype:
+    """That which the model has by default on the device. Raises UserError."""
+    return default_dtype(device, meta_transformer(model, pipeline_class(model)))
+
+
+def default_model(device: str) -> str:
+    return TINY if device.partition(":")[0] == "cpu" else SCHNELL
 
 
 def check_device(device: str) -> None:
     """Raises UserError if torch cannot use it."""
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which meta has not
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {device}: {first_line(error)}") from None
 
 
-def pipeline_class(model: str) -> type:
+def pipeline_class(model: str, flag: str = "--model") -> type:
     """The pipeline's class, from its model_index.json alone. Raises UserError naming what it lacks
     of what this kit drives: a transformer, encode_prompt, a callback, final latents."""
+    place, revision = address(model)
+    if Path(model).exists() and not Path(model).is_dir():
+        wanted = "a hub id, or a folder with a model_index.json, as diffusers saves a pipeline"
+        raise UserError(f"{flag}: {model} is a file; wanted is {wanted}")
+    if (Path(model) / "mask.safetensors").exists():
+        raise UserError(f"{flag}: {model} is an erased folder; erase.py alone goes on from one")
     try:
-        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+        config = diffusers.DiffusionPipeline.load_config(place, revision=revision)
+        name = config["_class_name"]
     except LOADING_ERRORS as error:
-        raise UserError(
-            f"--model: {model} is not a diffusers pipeline: {first_line(error)}"
-        ) from None
+        raise UserError(why_not(model, error, "is not a diffusers pipeline", flag)) from None
     kind = getattr(diffusers, str(name), None)
     if kind is None:
-        raise UserError(f"--model: {model} is a {name}, which this diffusers does not have")
+        raise UserError(f"{flag}: {model} is a {name}, which this diffusers does not have")
     parts = inspect.signature(kind.__init__).parameters
     accepts = inspect.signature(kind.__call__).parameters
     lacking = [part for part in ("transformer", "vae", "scheduler") if part not in parts]
@@ -139,29 +219,41 @@ def pipeline_class(model: str) -> type:
     if not hasattr(kind.__call__, "__wrapped__"):
         lacking.append("torch.no_grad() around its __call__ that could be taken off")
     if lacking:
-        raise UserError(f"--model: {model} is a {name}, which has no {lacking[0]}")
+        raise UserError(f"{flag}: {model} is a {name}, which has no {lacking[0]}")
     return kind
+
+
+def meta_module(model: str, kind: type, part: str):
+    """A part of the pipeline without weights, on torch's meta device; None where it has no module
+    there. Raises UserError."""
+    place, revision = address(model)
+    where = dict(subfolder=part, revision=revision)
+    try:
+        _, name = kind.load_config(place, revision=revision).get(part, (None, None))
+        part_class = getattr(transformers if "text" in part else diffusers, str(name), None)
+        if part_class is None:
+            return None
+        with torch.device("meta"):
+            if "text" in part:
+                return part_class(part_class.config_class.from_pretrained(place, **where))
+            return part_class.from_config(part_class.load_config(place, **where))
+    except (*LOADING_ERRORS, AttributeError, RuntimeError) as error:
+        raise UserError(why_not(model, error, f"has no {part} that loads")) from None
 
 
 def meta_transformer(model: str, kind: type):
     """The transformer without weights, on torch's meta device. Raises UserError."""
-    try:
-        library, name = kind.load_config(model)["transformer"]
-        transformer_class = getattr(diffusers, name)
-        config = transformer_class.load_config(model, subfolder="transformer")
-        with torch.device("meta"):
-            return transformer_class.from_config(config)
-    except (*LOADING_ERRORS, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"--model: {model} has no transformer that loads: {first_line(error)}"
-        ) from None
+    transformer = meta_module(model, kind, "transformer")
+    if transformer is None:
+        raise UserError(f"--model: {model} has no transformer that loads: it names none")
+    return transformer
 
 
 def sampler_call(model: str, kind: type, **flags) -> dict:
     """What the sampler is called with: the model's own card (CALLS), and over it the flags that are
     not None. Raises UserError for a flag that its pipeline does not take, or a missing size."""
     accepts = inspect.signature(kind.__call__).parameters
-    name = "tiny/flux" if is_embedded(model) else portable_name(model)
+    name = "tiny/flux" if is_embedded(model) else address(model)[0]
     call = dict(CALLS.get(name, {}))
     for flag, value in flags.items():
         if value is None:
@@ -175,19 +267,51 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
     return call
 
 
+def check_call(call, where: str) -> None:
+    """Raises UserError, which begins with `where`, unless it is a dict of CALL_FLAGS as the command
+    line takes them."""
+    if not isinstance(call, dict):
+        raise UserError(f"{where} is not a JSON object")
+    for flag, value in call.items():
+        kind = CALL_FLAGS.get(flag)
+        if kind is None:
+            raise UserError(f"{where} has {flag!r}, which is no flag of the sampler")
+        if type(value) not in ((str,) if kind is str else (int, float)):
+            raise UserError(f"{where}: {flag} is {value!r}")
+        try:
+            kind(str(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"{where}: {flag}: {error}") from None
+
+
 def inspect_model(model: str, **flags) -> tuple:
-    """(its pipeline's class, its transformer without weights, what the sampler is called with),
-    from configuration files alone. flags: CALL_FLAGS, None where not given. Raises UserError."""
+    """(its pipeline's class, its transformer without weights, {other part: parameters}, what the
+    sampler is called with), from configuration files alone. flags: CALL_FLAGS, None where not
+    given. Raises UserError."""
     kind = pipeline_class(model)
-    return kind, meta_transformer(model, kind), sampler_call(model, kind, **flags)
+    transformer = meta_transformer(model, kind)
+    call = sampler_call(model, kind, **flags)
+    others = {}
+    for part in inspect.signature(kind.__init__).parameters:
+        if part == "vae" or part.startswith("text_encoder"):
+            module = meta_module(model, kind, part)
+            others[part] = sum(p.numel() for p in module.parameters()) if module else 0
+    return kind, transformer, others, call
+
+
+def folder_of(model: str) -> Path:
+    """Where its files lie; a pinned model's in the hub's cache, where load_pipeline left them: no
+    network is needed at the end of a run."""
+    place, revision = address(model)
+    if Path(place).is_dir():
+        return Path(place)
+    return Path(hf_hub_download(place, "model_index.json", revision=revision)).parent
 
 
 def stored_transformer(model: str, kind: type):
     """The model's transformer in the dtype it is stored in, its weights mapped from their files."""
-    transformer_class = getattr(diffusers, kind.load_config(model)["transformer"][1])
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(model, allow_patterns="transformer/*"))
+    folder = folder_of(model)
+    transformer_class = getattr(diffusers, kind.load_config(folder)["transformer"][1])
     files = (folder / "transformer").glob("*.safetensors")
     file = min(file for file in files if file.name.count(".") == 1)  # not .fp16.safetensors
     with safe_open(file, "pt") as f:  # diffusers would make it fp32
@@ -205,22 +329,74 @@ def check_whole(model: str, module) -> None:
         raise UserError(f"--model: {model} has no weights for {missing[0]}")
 
 
-def stored_bytes(model: str, transformer) -> int:
-    """What the transformer takes on disk; of a hub's model, what it would in bf16."""
-    files = (Path(model) / "transformer").glob("*.safetensors")
-    return sum(file.stat().st_size for file in files) or 2 * transformer.num_parameters()
+def load_whole(kind, name: str, flag: str, **how):
+    """A transformers model from safetensors alone, by its class or an Auto class. Raises UserError
+    for weights that its files lack or have in another shape: those would be drawn at random."""
+    how |= dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    try:
+        module, found = kind.from_pretrained(name, **how)
+    except (*LOADING_ERRORS, RuntimeError) as error:
+        raise UserError(why_not(name, error, "does not load", flag)) from None
+    part = "/".join(filter(None, (name, how.get("subfolder"))))
+    if found["missing_keys"]:
+        raise UserError(f"{flag}: {part} has no weights for {min(found['missing_keys'])}")
+    if found["mismatched_keys"]:
+        key, stored, wanted = min(found["mismatched_keys"])
+        raise UserError(f"{flag}: {part} has {key} of {tuple(stored)}, not {tuple(wanted)}")
+    return module.eval()
+
+
+def load_text_encoders(model: str, kind: type, dtype) -> dict:
+    """The parts of a pipeline that are models of transformers."""
+    loaded = {}
+    place, revision = address(model)
+    for part, source in kind.load_config(place, revision=revision).items():
+        if isinstance(source, (list, tuple)) and source[0] == "transformers":
+            part_class = getattr(transformers, source[1], None)
+            if inspect.isclass(part_class) and issubclass(part_class, torch.nn.Module):
+                how = dict(subfolder=part, dtype=dtype, revision=revision)
+                loaded[part] = load_whole(part_class, place, "--model", **how)
+    return loaded
+
+
+def stored_bytes(model: str, transformer, others: dict) -> dict:
+    """What the safetensors files of its transformer take, those of all its parts, and those of them
+    that are still to come from the hub. Where the hub is not reached nothing comes, and what is
+    written is as if stored in bf16. others: {other part: parameters}."""
+    name, revision = address(model)
+    files = {}
+    if Path(name).is_dir():
+        files = {str(f.relative_to(name)): f.stat().st_size for f in Path(name).glob("*/*")}
+    else:
+        with contextlib.suppress(*LOADING_ERRORS):
+            about = HfApi().model_info(name, revision=revision, files_metadata=True)
+            files = {file.rfilename: file.size for file in about.siblings}
+    sizes = dict(transformer=0, all=0, download=0)
+    for path, size in files.items():
+        part, _, file = path.partition("/")
+        if part in ("transformer", *others) and re.fullmatch(r"[^.]+\.safetensors", file):
+            cached = Path(name).is_dir() or try_to_load_from_cache(name, path, revision=revision)
+            sizes["all"] += size
+            sizes["transformer"] += size * (part == "transformer")
+            sizes["download"] += size * (not cached)
+    if not sizes["transformer"]:
+        size = 2 * sum(p.numel() for p in transformer.parameters())
+        sizes |= dict(transformer=size, all=size + 2 * sum(others.values()))
+    return sizes
 
 
 def load_pipeline(model: str, device=None, dtype=None):
     """A stock pipeline, frozen, without progress bars, from safetensors alone. Raises UserError."""
     device = device or default_device()
+    dtype = dtype or dtype_of(model, device)
     kind = pipeline_class(model)
+    place, revision = address(model)
+    encoders = load_text_encoders(model, kind, dtype)
+    how = dict(dtype=dtype, use_safetensors=True)
     try:
-        pipe = kind.from_pretrained(
-            model, dtype=dtype or default_dtype(device), use_safetensors=True
-        )
+        pipe = kind.from_pretrained(place, revision=revision, **how, **encoders)
     except LOADING_ERRORS as error:
-        raise UserError(f"--model: cannot load {model}: {first_line(error)}") from None
+        raise UserError(why_not(model, error, "does not load")) from None
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):

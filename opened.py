@@ -17,6 +17,7 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from erase import gated
+from pictures import sample
 from promptfiles import MINORS
 from safely import UserError
 from sites import fold
@@ -29,7 +30,7 @@ spent = Counter()  # how many of COSTS: evaluations, backward passes, texts enco
 def check_family(model: str, call: dict, what: str) -> None:
     """Raises UserError, which begins with `what`, unless it is a FLUX.1 that one call of the
     transformer a step samples."""
-    kind = models.pipeline_class(model)
+    kind = models.pipeline_class(model, what)
     if kind is not FluxPipeline:
         raise UserError(f"{what}: {model} is a {kind.__name__}; attacks open a FluxPipeline only")
     if call.get("true_cfg_scale", 1) > 1:
@@ -171,14 +172,15 @@ class Model:
         return self.pipe.prepare_latents(len(generators), *shape, *how)[0].to(self.device)
 
     def velocity(self, x, s: float, text: tuple) -> torch.Tensor:
-        """v(x, s) (B, T, C) under text (sequence (B, L, D), pooled (B, P))."""
+        """v(x, s) (B, T, C) under text (sequence (B, L, D), pooled (B, P)). Raises RuntimeError if
+        it is not finite."""
         sequence, pooled = text
         spent["network"] += len(x)
         transformer = self.pipe.transformer
         guidance = None
         if transformer.config.guidance_embeds:
             guidance = torch.full((len(x),), self.call["guidance_scale"], device=x.device)
-        return transformer(
+        found = transformer(
             hidden_states=x,
             timestep=torch.full((len(x),), s * 1000, device=x.device, dtype=x.dtype) / 1000,
             guidance=guidance,
@@ -188,6 +190,9 @@ class Model:
             txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype),
             return_dict=False,
         )[0]
+        if not found.isfinite().all():
+            raise RuntimeError(f"velocities at sigma {s:g} are not finite: damaged weights?")
+        return found
 
     def euler(self, x, s: float, s_next: float, text: tuple) -> torch.Tensor:
         """One sampling step, rounded as the scheduler does: the sum is fp32."""
@@ -211,7 +216,7 @@ class Model:
         spent["network"] += len(seeds) * call["num_inference_steps"]
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         call["num_images_per_prompt"] = len(seeds)
-        return self.pipe(prompt=clip, prompt_2=t5, **call).images
+        return sample(self.pipe, [clip], prompt_2=[t5], **call)
 
     @torch.no_grad()
     def show(self, latents) -> list:

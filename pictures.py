@@ -6,30 +6,36 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from safely import UserError, first_line, write_atomically
+from safely import UserError, first_line, write_atomically, write_text
 
 
-@torch.no_grad()
-def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
-    """One PIL picture for each (prompt, seed), by the stock pipeline. A seed means the same noise
-    on every device and in any batch. call: what pipe(...) takes. Raises RuntimeError for latents
-    that are not finite, which would be drawn black: no concept is seen in black."""
-    drawn = []
+def sample(pipe, prompt: list, **arguments) -> list:
+    """PIL pictures by the stock pipeline. Raises RuntimeError for latents that are not finite,
+    which would be drawn black: no concept is seen in black."""
     final = {}
 
     def keep(pipe, step, timestep, tensors):
         final.update(tensors)
         return {}
 
+    images = pipe(prompt=prompt, callback_on_step_end=keep, **arguments).images
+    if not final["latents"].isfinite().all():
+        raise RuntimeError(f"latents of {prompt[0]!r} are not finite: damaged weights?")
+    return images
+
+
+@torch.no_grad()
+def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
+    """One PIL picture for each (prompt, seed), by sample(). A seed means the same noise on every
+    device and in any batch. call: what pipe(...) takes."""
+    drawn = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         arguments = call | dict(prompt=list(prompts[part]))
         if "negative_prompt" in call:
             arguments["negative_prompt"] = [call["negative_prompt"]] * len(arguments["prompt"])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        drawn += pipe(generator=generators, callback_on_step_end=keep, **arguments).images
-        if not final["latents"].isfinite().all():
-            raise RuntimeError(f"latents of {prompts[start]!r} are not finite: damaged weights?")
+        drawn += sample(pipe, generator=generators, **arguments)
     return drawn
 
 
@@ -51,7 +57,7 @@ def open_pictures(files) -> list:
 
 def check_picture(file: Path, size: tuple | None = None) -> None:
     """Raises UserError if the file is missing, damaged or of another size (width, height)."""
-    if not file.exists():
+    if not file.is_file():
         raise UserError(f"{file}: no such picture")
     try:
         with Image.open(file) as picture:
@@ -118,13 +124,14 @@ training prompts) and noises that training never had, gates folded. Whether the 
 
 ```python
 from erase import load_erased  # a stock diffusers pipeline
-pipe = load_erased("{out_dir}")
+pipe = load_erased({out_dir!r})
 pipe("a photo", {call}).images[0]
 ```
-`mask.safetensors` is the mask alone and fits only base weights with fingerprint `{fingerprint}`;
+`mask.safetensors` is the mask alone and fits only base weights with these fingerprints: {base};
 `config.json` is the exact run; `preview.png` shows same-seed pairs on test prompts, which were
 never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the
-optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained.
+optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained, and beside
+`model_index.json` the whole folder by DiffusionPipeline.from_pretrained.
 """
 
 
@@ -139,17 +146,22 @@ def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) ->
     before = errors["base"][:concepts].mean().item()
     after = errors["erased"][:concepts].mean().item()
     others = errors["erased"][concepts:].mean().item()
+    left = errors["erased"][:concepts] / errors["base"][:concepts].clamp(min=1e-12)
+    middle, high = left.quantile(torch.tensor([0.5, 0.95]).to(left)).tolist()
     return (
         f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {seconds / 60:.1f} "
         f"minutes on {hardware}; error on test prompts: to the neutral picture {before:.4f} -> "
-        f"{after:.4f}, to the base on retain prompts 0 -> {others:.4f}"
+        f"{after:.4f} (residue {middle:.2f}, 95th percentile {high:.2f}), "
+        f"to the base on retain prompts 0 -> {others:.4f}"
     )
 
 
-def save_card(folder: Path, line: str, fingerprint: str, facts: dict) -> None:
-    """A model card, README.md. facts: the run's config.json and what MODEL_CARD names beside."""
+def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
+    """A model card, README.md. base: its parts' fingerprints; facts: the run's config.json and what
+    MODEL_CARD names beside."""
     call = ", ".join(f"{name}={value!r}" for name, value in facts["call"].items())
-    words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=folder, summary=line)
-    words |= dict(modules=" and ".join(facts["modules"]), fingerprint=fingerprint)
+    words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=str(folder), summary=line)
+    base = ", ".join(f"{part} `{fingerprint}`" for part, fingerprint in base.items())
+    words |= dict(modules=" and ".join(facts["modules"]), base=base)
     text = MODEL_CARD.format(**facts | words)
-    write_atomically(folder / "README.md", lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(folder / "README.md", text)

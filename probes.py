@@ -102,7 +102,7 @@ def search_noise(model: Model, base: Model, steps: int, case: Case) -> torch.Ten
     def start():
         return (z / z.norm(dim=-1, keepdim=True) * norm).to(noise.dtype)
 
-    with model.on(), checkpointed(model.pipe.transformer, "step"):
+    with model.on(), checkpointed(model.pipe, "step", model.call):
         for _ in range(steps):
             x = start()
             for s, s_next in zip(model.sigmas, model.sigmas[1:], strict=False):

@@ -6,10 +6,29 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from safely import UserError, first_line, number
+from safely import UserError, check_regular, first_line, number
 
-FLAGS = ("concept", "neutral", "prompts", "retain", "num_prompts")
+FLAGS = ("concept", "kind", "neutral", "prompts", "retain", "num_prompts")
+KINDS = ("object", "style", "person")
 COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
+
+
+# Objects without an article: what is not counted, and plurals that do not end in s.
+UNCOUNTED = """alcohol ammunition art beer blood bread butter cash cattle cheese children chocolate
+clothing cocaine coffee corn crime cruelty death dirt fire fog food fur furniture garbage gasoline
+glitter gold gore graffiti grass hair hate heroin ice jewelry jewellery lightning lingerie makeup
+marijuana meat men milk money mud music nudity oil people police poison pollution porn pornography
+rain rice salad sand sex smoke snow soup spaghetti sunlight terrorism tobacco torture traffic trash
+underwear violence vodka vomit war water weed whisky whiskey wine women wood""".split()
+# Words that are spoken with a vowel first, whatever they are written with.
+VOWEL = re.compile(
+    r"(?!uni[cfoqstv]|us[ae]|eu|ewe|one\b|ufo|ukulele)[aeiou]|hour|heir|honest", re.I
+)
+
+
+def add_kind(parser) -> None:
+    help = "what the concept is, where no file of prompts/ says it: templates depend on it"
+    parser.add_argument("--kind", choices=KINDS, help=help)
 
 
 def add_flags(parser) -> None:
@@ -20,6 +39,7 @@ def add_flags(parser) -> None:
         required=True,
         help="what to erase, one or several: a file of prompts/ by name, or any words",
     )
+    add_kind(parser)
     add("--neutral", help='what templates have instead of the concept; "": the empty prompt')
     add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or templates)")
     add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
@@ -39,13 +59,14 @@ def check_row(row: dict, columns) -> None:
         raise ValueError("prompt is empty")
     if "neutral_prompt" in columns and row["prompt"] == row["neutral_prompt"]:
         raise ValueError("prompt and neutral_prompt are the same")
-    if not re.fullmatch(r"\d{1,18}", row["evaluation_seed"]):
+    if not re.fullmatch(r"[0-9]{1,18}", row["evaluation_seed"]):
         raise ValueError(f"evaluation_seed is {row['evaluation_seed']!r}, not a whole number")
 
 
 def read_rows(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
     """Rows of a prompt CSV, evaluation_seed as a number. Raises UserError with column or line."""
     rows = []
+    check_regular(path, flag)
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, strict=True)
@@ -81,13 +102,37 @@ def noun_phrase(words: str) -> str:
     is_plural = re.search(r"[^su]s$", words)
     if words == "nothing" or first[0].isupper() or first in ("a", "an", "the", "some") or is_plural:
         return words
-    return f"{'an' if first[0].lower() in 'aeiou' else 'a'} {words}"
+    return f"{'an' if VOWEL.match(words) else 'a'} {words}"
 
 
 def bare(concept: str) -> str:
     """The concept's words without underscores and without their article."""
     words = " ".join(concept.replace("_", " ").split())
     return re.sub(r"^(an?|the|some)\s+", "", words, flags=re.I)
+
+
+def check_concept(name, where: str = "--concept") -> None:
+    """Raises UserError, which begins with `where`, unless it is words: no path, no list."""
+    if not isinstance(name, str) or not bare(name):
+        raise UserError(f"{where}: is empty")
+    if not re.search(r"\w", bare(name)):
+        raise UserError(f"{where}: {name!r} is no word")
+    if not name.isprintable():
+        raise UserError(f"{where}: {ascii(name)} has characters that cannot be printed")
+    if "," in name:
+        raise UserError(f"{where}: {name!r} has a comma; several concepts stand apart by blanks")
+    if re.search(r"[/\\]", name):
+        raise UserError(f"{where}: {name!r} has a slash")
+
+
+def check_concepts(concepts: list[str]) -> None:
+    """Raises UserError for what is no word, or there twice."""
+    for name in concepts:
+        check_concept(name)
+    words = [bare(name).lower() for name in concepts]
+    for name, word in zip(concepts, words, strict=True):
+        if words.count(word) > 1:
+            raise UserError(f"--concept: {name!r} is there twice")
 
 
 def mentions(concept: str, text: str) -> bool:
@@ -100,22 +145,51 @@ def without(concepts: list[str], rows: list[dict]) -> list[dict]:
     return [row for row in rows if not any(mentions(c, row["prompt"]) for c in concepts)]
 
 
-def template_pairs(concept: str, neutral: str, templates: list[dict]) -> list[dict]:
+def phrase(words: str, kind: str, vocabulary: dict) -> str:
+    """How templates name it: a person or a style as it is, an object with its article."""
+    known = vocabulary.get(words.lower())
+    head = words.lower().partition(" of ")[0].split()[-1]  # a glass of water is a glass
+    if kind != "object":
+        return words
+    if known:
+        return known["question"]
+    return words if head in UNCOUNTED else noun_phrase(words)
+
+
+def kind_of(concept: str, kind: str | None, vocabulary: dict) -> str:
+    """What the command line says, else the vocabulary. Raises UserError if neither does."""
+    known = vocabulary.get(bare(concept).lower(), {}).get("kind")
+    if not kind and not known:
+        raise UserError(f"--kind: needed for {concept!r}: is it an object, a style or a person?")
+    kind = kind or known
+    return kind if kind in KINDS else "object"
+
+
+def template_pairs(
+    concept: str, kind: str, neutral: str | None, templates: list[dict], vocabulary: dict
+) -> list[dict]:
     """Prompt pairs for any concept: {x} becomes the concept in one prompt and `neutral` in the
-    other; a neutral of "" is the paper's empty prompt."""
+    other; a neutral of "" is the paper's empty prompt, of None the template's own."""
     pairs = []
+    name = phrase(concept, kind, vocabulary)
     for row in without([concept], templates):
-        prompt = row["prompt"].replace("{x}", noun_phrase(concept))
-        neutral_prompt = row["prompt"].replace("{x}", noun_phrase(neutral)) if neutral else ""
+        neutral_prompt = row["neutral_prompt"] if neutral is None else ""
+        if neutral:
+            neutral_prompt = row["prompt"].replace("{x}", phrase(neutral, kind, vocabulary))
+        prompt = row["prompt"].replace("{x}", name)
         pairs.append(row | dict(prompt=prompt, neutral_prompt=neutral_prompt))
     return pairs
 
 
-def concept_pairs(concept: str, folder: Path, neutral: str | None = None, file=None) -> list[dict]:
-    """Rows of `file`, or of <folder>/<concept>.csv, or made from <folder>/templates.csv.
+def concept_pairs(
+    concept: str, folder: Path, neutral: str | None = None, file=None, kind: str | None = None
+) -> list[dict]:
+    """Rows of `file`, or of <folder>/<concept>.csv, or made from <folder>/templates_<kind>.csv,
+    where there is one, else from <folder>/templates.csv.
 
     neutral: what the templates have instead of the concept; None: the concept's own file, if there
-    is one, else "nothing" (tiny) or the empty prompt. Raises UserError.
+    is one, else of styles the same prompt without it, of others "nothing" (tiny) or the empty
+    prompt. Raises UserError.
     """
     if file:
         rows = read_rows(file, "--prompts")
@@ -127,11 +201,18 @@ def concept_pairs(concept: str, folder: Path, neutral: str | None = None, file=N
     is_inside = own.parent == folder  # a concept is no path to other files
     if is_inside and own.is_file() and neutral is None:
         return read_rows(own, "--concept")
-    if neutral is None:
+    concept = concept.replace("_", " ")
+    vocabulary = known_words(folder)
+    kind = kind_of(concept, kind, vocabulary)
+    source = folder / f"templates_{kind}.csv"
+    if not source.is_file():
+        source = folder / "templates.csv"
+    if neutral is None and kind != "style":
         neutral = "nothing" if folder.name == "tiny" else ""
     columns = ("prompt", "evaluation_seed", "split")
-    templates = read_rows(folder / "templates.csv", "--concept", columns)
-    return template_pairs(concept.replace("_", " "), neutral, templates)
+    return template_pairs(
+        concept, kind, neutral, read_rows(source, "--concept", columns), vocabulary
+    )
 
 
 def as_pairs(rows: list[dict]) -> list[tuple[str, str]]:
@@ -155,17 +236,12 @@ class Rows(NamedTuple):
 
 
 def training_rows(
-    folder: Path, *, concept: list[str], num_prompts: int, neutral=None, prompts=None, retain=None
-) -> Rows:
+    folder: Path, *, concept: list[str], num_prompts: int, kind=None, neutral=None, prompts=None,
+    retain=None,
+) -> Rows:  # fmt: skip
     """The rows that these FLAGS ask for; where a file has no test rows, training rows stand in for
     them. Raises UserError."""
-    for name in concept:
-        if not bare(name):
-            raise UserError("--concept: is empty")
-        if "," in name:
-            raise UserError(
-                f"--concept: {name!r} has a comma; several concepts stand apart by blanks"
-            )
+    check_concepts(concept)
     if neutral is not None and prompts:
         raise UserError("--neutral: goes with template prompts, not with --prompts")
     if neutral and neutral != neutral.strip():
@@ -175,7 +251,7 @@ def training_rows(
     pairs = []
     tests = []
     for name in concept:
-        rows = concept_pairs(name, folder, neutral, prompts)
+        rows = concept_pairs(name, folder, neutral, prompts, kind)
         if prompts and len(concept) > 1:
             rows = [row for row in rows if mentions(name, row["prompt"])]
         train = of_split(rows, "train")
@@ -209,6 +285,8 @@ def read_table(source: str, has_header: bool, flag: str):
 
     is_hub = source.startswith("hf:")
     is_csv = Path(source).suffix == ".csv"
+    if not is_hub:
+        check_regular(Path(source), flag)
     try:
         if is_hub:
             from datasets import load_dataset
@@ -253,7 +331,7 @@ def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
     if named_seeds:
         seeds = table[named_seeds[0]]
         for seed in seeds:
-            if not re.fullmatch(r"\d{1,18}", str(seed)):
+            if not re.fullmatch(r"[0-9]{1,18}", str(seed)):
                 raise UserError(f"{flag}: {source}: {seeds.name} {seed!r} is not a whole number")
         table["evaluation_seed"] = seeds.astype(int)
     else:
@@ -296,26 +374,39 @@ def cycle(rows: list[dict], n: int) -> list[dict]:
     return out
 
 
-def read_vocabulary(path: Path, concepts: list[str]) -> tuple[list[str], dict]:
-    """(concepts as the vocabulary spells them, {word: {kind, question, synonyms}}), from a CSV.
-
-    The vocabulary is what a judge can be asked about, and how. A concept outside it is an object of
-    that name; it keeps its capitals, and so has no article. Raises UserError for an empty concept.
-    """
-    with open(path, newline="", encoding="utf-8") as f:
+def known_words(folder: Path) -> dict:
+    """{word: {kind, question, synonyms}} of the folder's vocabulary.csv."""
+    with open(folder / "vocabulary.csv", newline="", encoding="utf-8") as f:
         words = {row["word"]: row for row in csv.DictReader(f)}
     for row in words.values():
         row["synonyms"] = [word for word in row["synonyms"].split("|") if word]
+    return words
+
+
+def read_vocabulary(
+    folder: Path, concepts: list[str], kind: str | None = None
+) -> tuple[list[str], dict]:
+    """(concepts as the vocabulary spells them, the vocabulary with those that it has not).
+
+    The vocabulary is what a judge can be asked about, and how. `kind` is of concepts outside it; a
+    person is asked about as an object. Raises UserError for what is no concept or of no known kind.
+    """
+    check_concepts(concepts)
+    words = known_words(folder)
     spelled = []
     vocabulary = {}
     for concept in concepts:
+        check_concept(concept)
         name = concept.replace("_", " ")
-        if not name.strip():
-            raise UserError("--concept: is empty")
         if name.lower() in words:
             name = name.lower()
         spelled.append(name)
-        vocabulary[name] = dict(kind="object", question=noun_phrase(name), synonyms=[])
+        found = kind_of(name, kind, words)
+        question = phrase(name, found, {})
+        if found == "style":
+            question = f"a picture in the style of {name}"
+        found = "style" if found == "style" else "object"
+        vocabulary[name] = dict(kind=found, question=question, synonyms=[])
     return spelled, vocabulary | words
 
 

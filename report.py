@@ -7,14 +7,16 @@ import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+import models  # first: it keeps transformers quiet
 
-import models
+# isort: split
+import torch
+
 from cases import Case, listed
 from columns import Column
 from judges import rate
 from pictures import open_pictures, save_preview
-from safely import write_atomically
+from safely import write_text
 
 
 def share(found: dict, base: dict) -> float | None:
@@ -39,12 +41,24 @@ def rates(scores: dict, threshold: float, base: dict | None) -> dict:
         out[f"{metric} by word"] = {word: rate(each) for word, each in words.items()}
         if metric in ("beside", "others", "neighbours"):
             out[f"{metric}, of base"] = share(out[metric], (base or out)[metric])
+    left = [score for (_, _, metric, _), score in scores.items() if metric == "residue"]
+    if left:
+        out |= residue_figures(torch.tensor(left))
     if "neighbours" in out:
         before = (base or out)["neighbours by word"]
         shares = [share(found, before[w]) for w, found in out["neighbours by word"].items()]
         shares = [one for one in shares if one is not None]
         out["worst neighbour, of base"] = min(shares, default=None)
     return out
+
+
+def residue_figures(left: torch.Tensor) -> dict:
+    """Of residues (N,), see columns.residues(); a rate of those above a quarter."""
+    return {
+        "residue, median": round(left.median().item(), 4),
+        "residue, 95th percentile": round(left.quantile(0.95).item(), 4),
+        "residue above 0.25": rate((left > 0.25).float().tolist()),
+    }
 
 
 def cell(metric: str, value, interval: bool = True) -> str:
@@ -82,7 +96,8 @@ def table(results: dict) -> list[list[str]]:
 def summary(evaluations: dict[str, dict]) -> list[list[str]]:
     """{folder: results} -> rows of cells: one row for each erased model, base > erased."""
     pairs = ("acc", "synonyms", "beside", "background", "others")
-    single = ("others, of base", "worst neighbour, of base", "ssim", "fid to base", "closed")
+    single = ("residue, median", "residue, 95th percentile")
+    single += ("others, of base", "worst neighbour, of base", "ssim", "fid to base", "closed")
     rows = [["", *pairs, *single]]
     for name, results in evaluations.items():
         before, after = results["base"], results[name]
@@ -131,9 +146,6 @@ def counts(numbers: dict, word: str = "") -> str:
 
 def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
     """What results.json says of where the pictures come from. files: of prompts."""
-    cached = None
-    if not Path(model).exists():
-        cached = try_to_load_from_cache(model, "model_index.json")
     prompts = {}
     for case in cases:
         prompts.setdefault(case.set, []).append(case.prompt)
@@ -142,7 +154,7 @@ def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
         digests[models.portable_name(str(file))] = hashlib.sha256(file.read_bytes()).hexdigest()
     libraries = ("torch", "diffusers", "transformers", "torchmetrics")
     return dict(
-        model_revision=Path(cached).parent.name if isinstance(cached, str) else None,
+        model_revision=models.address(model)[1],
         pictures={name: len(texts) for name, texts in prompts.items()},
         different_prompts={name: len(set(texts)) for name, texts in prompts.items()},
         cases_sha256=hashlib.sha256(json.dumps(listed(cases)).encode()).hexdigest(),
@@ -165,8 +177,9 @@ where the same prompts come again. Prompts cut, as longer than the encoder takes
 
 ![pairs](grid.png)
 
-Worst failures (last rows of grid.png): highest scores of the concept, and largest falls of the
-score of a bystander.
+Worst failures (last rows of grid.png): highest scores of the concept, largest residues, and largest
+falls of the score of a bystander. Residue: |erased - neutral|^2 / |base - neutral|^2 of the final
+latents from the same noise; 0 is the neutral picture, 1 the base's.
 
 {worst}
 """
@@ -199,16 +212,23 @@ def write_report(
     worst = []
     for column in erased:
         left = []
+        traces = []
         lost = []
         for case in cases:
             if case.set == "concept":
                 left.append((score(column, case, case.asks[0]), case))
+                key = (case.set, case.name, "residue", case.asks[0][1])
+                if key in scores[column.name]:
+                    traces.append((scores[column.name][key], case))
             if case.set in ("retain", "neighbours"):
                 falls = [score(base, case, a) - score(column, case, a) for a in case.asks]
                 lost.append((max(falls, default=-1), case))
-        for title, found in (("most of it left", left), ("most lost", lost)):
+        kinds = {"most of it left": left, "largest residue": traces, "most lost": lost}
+        for title, found in kinds.items():
             found = sorted(found, key=lambda pair: -pair[0])[:6]
             some = [case for _, case in found]
+            if not some:
+                continue
             sheet += [sheet_row(title, each, some) for each in (base, column)]
             for value, case in found:
                 worst.append(f"* {column.name}, {title} ({value:.2f}): {case.file}, {case.prompt}")
@@ -223,4 +243,4 @@ def write_report(
         worst="\n".join(worst),
     )
     report = REPORT.format(**about | words)
-    write_atomically(out_dir / "report.md", lambda path: path.write_text(report, "utf-8"))
+    write_text(out_dir / "report.md", report)

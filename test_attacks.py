@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import artefacts
 import attacks
+import evaluate
 import probes
 from cases import concept_rows
-from models import CALLS, HERE, TINY
+from models import CALLS, HERE, TINY, load_pipeline
 from opened import SIDES, Model, check_family
-from safely import UserError
+from safely import UserError, visible
 from sites import gate_sites
 from trials import UNION, Setup
 
@@ -145,7 +147,7 @@ def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     text = log.read_text()
     log.write_text(text[: text.rindex("}}")])  # as a kill may leave the last line
     assert results_of(probes) == results and log.read_text() == text
-    files = {path.name for path in tmp_path.iterdir()}
+    files = {path.name for path in visible(tmp_path)}
     assert files == {"attacks.jsonl", "results.json", "report.md", "attacks.png"}
 
     both = results["attacks"]
@@ -157,21 +159,44 @@ def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     assert all(row["oracle"]["asr_k"]["n"] == row["erased"]["asr_k"]["n"] for row in found.values())
 
 
+def test_damaged_weights_are_no_success(tmp_path, capsys):
+    """A base that draws NaN under its mask stops attacks, probes and evaluations by name."""
+    pipe = load_pipeline(TINY, "cpu")
+    pipe.transformer.proj_out.weight[0, 0] = float("nan")
+    pipe.save_pretrained(tmp_path / "base")
+    sites = gate_sites(pipe.transformer, ["ffn"])
+    mask = {name: torch.ones(site.units) for name, site in sites.items()}
+    config = dict(concept=["gun"], model=f"{tmp_path}/base", modules=["ffn"])
+    artefacts.write_json(tmp_path / "config.json", config | dict(call=CALLS["tiny/flux"]))
+    base = artefacts.fingerprints(pipe)
+    artefacts.save_mask(tmp_path / "mask.safetensors", mask, base, ["ffn"])
+    line = [str(tmp_path), "--judge", "tiny/judge", "--device", "cpu"]
+    few = ["--num_pictures", "1", "--per_neighbour", "0"]
+    for script, flags in ((attacks, []), (probes, []), (evaluate, few)):
+        assert script.main([*line, *flags]) == 1
+        assert "are not finite: damaged weights?" in capsys.readouterr().err.splitlines()[-1]
+
+
 BAD = [
     ("no_such_folder", "no_such_folder: no config.json"),
     ("ERASED --attack magic", "argument --attack: invalid choice: 'magic'"),
     ("ERASED --concept cat", "--concept: 'cat' is not what"),
-    ("ERASED --num_prompts 0", "--num_prompts: must be at least 1"),
+    ("ERASED --num_prompts 0", "--num_prompts: must be between 1 and"),
     ("ERASED --oracle prompts", "--oracle: prompts is no diffusers pipeline"),
-    ("ERASED --threshold 2", "--threshold: must be between 0 and 1, not 2.0"),
+    ("ERASED --oracle ERASED", "is no diffusers pipeline"),
+    ("ERASED --threshold 2", "--threshold: must be between 0 and 1, not 2"),
+    ("ERASED --threshold nan", "--threshold: must be between 0 and 1, not nan"),
+    ("ERASED --threshold 1", "--threshold: must be below 1"),
+    ("ERASED --seed -1", "--seed: must be between 0 and 2,147,483,647, not -1"),
     ("ERASED --judge ", "--judge: is empty"),
     ("ERASED --judge no/such", "--judge: cannot load no/such"),
     ("ERASED --device mars", "--device: mars: "),
-    ("ERASED --out_dir README.md/x", "README.md is a file, or not ours to write to"),
+    ("ERASED --out_dir README.md/x", "README.md is a file"),
 ]
 BAD = [(script, *row) for script in (probes, attacks) for row in BAD] + [
     (attacks, "ERASED --attack replay", "--attack replay: needs --prompts"),
     (attacks, "ERASED --prompts prompts/gun.csv", "--prompts: goes with --attack replay"),
+    (attacks, "ERASED --attack replay --prompts prompts", "--prompts: prompts is no regular"),
     (attacks, "ERASED --where a>1", "--where: goes with --prompts"),
 ]
 

@@ -64,10 +64,16 @@ def test_command_line(capsys):
     for line, message in (
         ("--full", "--full: needs a CUDA GPU"),
         ("--compile", "--compile: goes with --full"),
-        ("--repeats 0", "--repeats: must be at least 1"),
-        ("--micro_batch 0", "--micro_batch: must be at least 1"),
-        ("--sizes 100", "--sizes: must be at least 16 and a multiple of 16"),
-        ("--table none.json", "--table: cannot read none.json"),
+        ("--repeats 0", "--repeats: must be between 1 and"),
+        ("--micro_batch 0", "--micro_batch: must be between 1 and"),
+        ("--sizes 100", "--sizes: must be between 16 and 8,192 and a multiple of 16"),
+        ("--table none.json", "--table: none.json is no results file of bench.py"),
+        ("--table LICENSE", "--table: LICENSE is no results file"),
+        ("--table tiny/flux/model_index.json", "model_index.json is no results file"),
+        ("--table /dev/zero", "--table: /dev/zero is no regular file"),
+        ("--out bench", "--out: bench is no regular file"),
+        ("--out LICENSE/x.json", "LICENSE is a file"),
+        ("--limit inf", "--limit: must be between 0 and 1,000,000, not inf"),
     ):
         assert bench.main(line.split()) == 2, line
         error = capsys.readouterr().err

@@ -2,6 +2,7 @@
 hand, uninterrupted runs. Every other family: test_families.py."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -17,20 +18,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import httpx2
+import huggingface_hub.errors as hub_errors
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import artefacts
+import cases
 import erase
 import families
 import models
 import pictures
 import promptfiles
-from artefacts import listing, read_metrics
+import report
+from artefacts import listing, load_mask, read_metrics
+from cases import read_subject
+from columns import soft_gates
 from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
-from safely import UserError
+from safely import UserError, write_text
 from sites import MODULES, gate_sites
 
 CALL = models.CALLS["tiny/flux"]
@@ -63,13 +71,17 @@ def losses_in(folder) -> list[float]:
 
 @pytest.mark.parametrize("gate", erase.START)
 def test_relaxations(gate):
-    """At its start a gate is 1 to the last bit, and a fifth of the hard-concrete ones, all others,
-    get a gradient; gates lie in [0, 1] and rise with the logit; one near 0 gets a gradient."""
+    """At its start a gate is 1 to the last bit, but with their noise a fifth of the hard-concrete
+    ones are less; these but the zeros, and all of other kinds, get a gradient; gates lie in [0, 1]
+    and rise with the logit; one near 0 gets a gradient."""
     start = torch.full((100_000,), erase.START[gate], requires_grad=True)
     assert (erase.relax(start, gate, 0.0) == 1).all()
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    erase.relax(start, gate, 0.0, uniform.clamp(1e-6, 1 - 1e-6)).sum().backward()
+    noisy = erase.relax(start, gate, 0.0, uniform.clamp(1e-6, 1 - 1e-6))
+    noisy.sum().backward()
     share = (start.grad != 0).float().mean()
+    less = (noisy < 1).float().mean()
+    assert 0.19 < less < 0.205 if gate == "hard_concrete" else less == 0
     assert 0.15 < share < 0.22 if gate == "hard_concrete" else share == 1
     logits = torch.linspace(-6, 6, 25).requires_grad_()
     gates = erase.relax(logits, gate, 0.0, torch.full((25,), 0.5))
@@ -114,6 +126,31 @@ def test_harm_is_what_closing_a_gate_a_little_does(pipe, monkeypatch):
         with torch.no_grad():
             exact = erase.case_errors(pipe, case, [erase.TRAIN_NOISE], **how).item() / 0.02**2
         assert abs(harm[name].max().item() / exact - 1) < 0.25, (name, harm[name].max(), exact)
+
+
+def test_processes_share_the_draws_of_harm(pipe, monkeypatch):
+    """What two or three processes find of 5 draws adds up to what one finds, each drawing only its
+    share of the pictures."""
+    sites = gate_sites(pipe.transformer)
+    drawn = []
+    rollout = erase.rollout
+
+    def counted(pipe, prompts, *args, **call):
+        drawn.append(len(prompts))
+        return rollout(pipe, prompts, *args, **call)
+
+    def harm(rank, count):
+        monkeypatch.setattr(erase, "processes", lambda: (rank, count))
+        found = erase.harm_of_closing(pipe, RETAIN, sites, call=SMALL, draws=5, micro_batch=2)
+        return torch.cat(list(found.values()))
+
+    monkeypatch.setattr(erase, "rollout", counted)
+    monkeypatch.setattr(erase.dist, "all_reduce", lambda harm: None)
+    one = harm(0, 1)
+    for count in (2, 3):
+        drawn.clear()
+        assert torch.allclose(sum(harm(rank, count) for rank in range(count)), one, rtol=1e-3)
+        assert sum(drawn) == 5
 
 
 def test_hooks_and_fold_by_hand():
@@ -197,10 +234,109 @@ def test_sampler_arguments_and_prompts():
         erase.rollout(pipe, ["a new one"], [1], **call)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache with two commits of a/b, which main moves between: hub(commit)."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--a--b"
+    for commit in HUB_COMMITS:
+        shutil.copytree(models.TINY, repository / "snapshots" / commit, copy_function=os.symlink)
+    file = repository / "snapshots" / HUB_COMMITS[1] / SAVED
+    weights = {name: weight * 1.01 for name, weight in load_file(file).items()}
+    file.unlink()
+    save_file(weights, file)
+    (repository / "refs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return lambda commit: (repository / "refs/main").write_text(commit)
+
+
+HUB_COMMITS = ("0" * 40, "1" * 40)
+SAVED = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def test_revision_is_found_once(hub, tmp_path, capsys):
+    """A run on a hub's model keeps the commit that main is at its start, when main moves: what it
+    wrote, a resumed run and an evaluation are of it; id@revision asks for one."""
+    hub(HUB_COMMITS[0])
+    out = tmp_path / "out"
+    files = dict(prompts="0,a gun,nothing,1,train", retain="0,a cat,,1,train")
+    for name, row in files.items():
+        (tmp_path / name).write_text(f"{HEADER}{row}\n")
+    line = f"--model a/b --prompts {tmp_path}/prompts --retain {tmp_path}/retain --device cpu"
+    line += " --concept gun --preset tiny --steps 1 --batch 1 --retain_batch 1 --harm 0 --lr_ffn 9"
+    line += f" --out_dir {out}"
+    line = [*line.split(), *[f"--{name}={value}" for name, value in SMALL.items()]]
+    assert erase.main(line) == 0
+    hub(HUB_COMMITS[1])
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model"], config["revision"]) == ("a/b", HUB_COMMITS[0])
+    loaded = erase.load_erased(out, "cpu")
+    old, new = (models.load_pipeline(f"a/b@{commit}", "cpu") for commit in HUB_COMMITS)
+    mask = erase.load_mask(out / "mask.safetensors", old)
+    assert torch.equal(final(loaded, SMALL), final(old, SMALL, mask))
+    assert not torch.equal(final(old, SMALL), final(new, SMALL))
+    subject = cases.read_subject([out], None, None, {})
+    assert subject.model == f"a/b@{HUB_COMMITS[0]}"
+    assert report.provenance(subject.model, [], [])["model_revision"] == HUB_COMMITS[0]
+    written = load_file(out / SAVED)
+    (out / "mask.safetensors").unlink()
+    assert erase.main([*line, "--resume"]) == 0
+    again = load_file(out / SAVED)
+    assert all(torch.equal(again[name], written[name]) for name in written)
+    assert models.pinned("a/b") == models.pinned("a/b@main") == f"a/b@{HUB_COMMITS[1]}"
+    (out / "mask.safetensors").unlink()
+    line[1] = f"a/b@{HUB_COMMITS[1]}"
+    capsys.readouterr()
+    assert erase.main([*line, "--resume"]) == 2
+    assert "--resume: --revision was 000" in capsys.readouterr().err
+
+
+def hub_error(kind, status):
+    request = httpx2.Request("GET", "https://huggingface.co/a/c")
+    return kind("no", response=httpx2.Response(status, request=request))
+
+
+HUB_ERRORS = [
+    (hub_error(hub_errors.GatedRepoError, 401), "gated: accept its licence on https://hugg"),
+    (hub_error(hub_errors.HfHubHTTPError, 403), "is gated: .*/a/c, then `hf auth login`"),
+    (hub_error(hub_errors.RepositoryNotFoundError, 404), "is no folder, and not on the hub or"),
+    (hub_error(hub_errors.HfHubHTTPError, 401), "private; if private, first `hf auth login`"),
+    (hub_error(hub_errors.RevisionNotFoundError, 404), "has no revision v9 on the hub"),
+    (hub_error(hub_errors.RemoteEntryNotFoundError, 404), "is not a diffusers pipeline: wrapped"),
+    (hub_error(hub_errors.HfHubHTTPError, 500), "hub's cache, and the hub is not reached"),
+    (httpx2.ConnectError("no network"), "hub's cache, and the hub is not reached"),
+    (hub_errors.OfflineModeIsEnabled(), "hub's cache, and the hub is not reached"),
+    (None, "hub's cache, and the hub is not reached"),  # huggingface_hub's own
+]
+
+
+@pytest.mark.parametrize("error, message", HUB_ERRORS)
+def test_hub_errors(error, message, tmp_path, capsys, monkeypatch):
+    """What keeps a hub's model from loading is said in a line, exit code 2, also from under the
+    errors that diffusers makes of it."""
+
+    def fails(*_, **__):
+        try:
+            raise error
+        except Exception:
+            raise OSError("wrapped")  # with __context__
+
+    if error:
+        monkeypatch.setattr(models, "hf_hub_download", fails)
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", fails)
+    line = f"--model a/c@v9 --concept gun --device cpu --out_dir {tmp_path}/out"
+    assert erase.main(line.split()) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and len(printed.splitlines()) == 1, printed
+    with pytest.raises(UserError, match=message):
+        models.load_pipeline("a/c@v9", "cpu")
+
+
 SITE = "transformer_blocks.0.ff.net.2"
 FOREIGN_MASKS = [
     (dict(format="npz"), {}, "its format is npz, not"),
-    (dict(base="012"), {}, "made for base weights 012"),
+    (dict(base="012"), {}, "its metadata have no base"),
+    (dict(base=dict(vae="0")), {}, "other base weights .text_encoder, text_encoder_2, tr"),
     (dict(closed="0 of 9"), {}, "gates are closed, not 0 of 9"),
     (dict(modules=["ffn"]), {}, "its gates are not those of ffn"),
     (dict(modules=["ffn", "norm", "kv"]), {}, "its gates are not those of ffn and norm and kv"),
@@ -214,9 +350,10 @@ FOREIGN_MASKS = [
 def test_masks(tmp_path):
     """A mask loads as it was saved, also on the same weights in bf16; one that is foreign, torn, of
     another kind or not there is refused by what is wrong with it."""
-    transformer = families.flux_dev()[0].transformer
+    pipe = families.flux_dev()[0]
+    transformer = pipe.transformer
     path = tmp_path / "mask.safetensors"
-    base = artefacts.fingerprint(transformer)
+    base = artefacts.fingerprints(pipe)
     mask = random_mask(transformer, ("ffn", "norm"))
     about = dict(base=base, modules=["ffn", "norm"], format=artefacts.MASK_FORMAT)
     about |= dict(closed=artefacts.closed_of(mask))
@@ -224,18 +361,86 @@ def test_masks(tmp_path):
     for said, gates, message in FOREIGN_MASKS:
         save_file(tensors | gates, path, dict(mask=json.dumps(about | said)))
         with pytest.raises(UserError, match=message):
-            erase.load_mask(path, transformer)
+            erase.load_mask(path, pipe)
     (tmp_path / "torn").write_bytes(path.read_bytes()[:200])
     (tmp_path / "text").write_text("{}")
     for name in ("torn", "text", "none"):
         with pytest.raises(UserError, match=f"{name}: not a readable safetensors file"):
-            erase.load_mask(tmp_path / name, transformer)
+            erase.load_mask(tmp_path / name, pipe)
     mask = random_mask(transformer)
     artefacts.save_mask(path, mask, base, MODULES)
     for dtype in (torch.float32, torch.bfloat16):
-        loaded = erase.load_mask(path, transformer.to(dtype))
+        loaded = erase.load_mask(path, pipe.to(dtype))
         assert loaded.keys() == mask.keys()
         assert all(torch.equal(loaded[site], mask[site]) for site in mask)
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        next(pipe.components[part].parameters()).flatten()[0] += 1
+        with pytest.raises(UserError, match=f"made for other base weights \\({part}"):
+            erase.load_mask(path, pipe)
+        artefacts.save_mask(path, mask, artefacts.fingerprints(pipe), MODULES)
+
+
+ATTENTION = "encoder.block.0.layer.0.SelfAttention.q.weight"
+DAMAGED_PARTS = [  # of tiny/flux: one of its weights, how many rows are left of it, the message
+    ("text_encoder", "final_layer_norm.bias", 0, "text_encoder has no weights for final_layer"),
+    ("text_encoder_2", "shared.weight", 0, "text_encoder_2 has no weights for encoder.embed"),
+    ("text_encoder_2", ATTENTION, 0, f"has no weights for {ATTENTION}"),
+    ("text_encoder_2", ATTENTION, 5, rf"{ATTENTION} of \(5, 128\), not \(128, 128\)"),
+    ("vae", "decoder.conv_in.bias", 0, "has no weights for decoder.conv_in.bias"),
+    ("vae", "decoder.conv_in.bias", 5, "does not load.* shape"),
+    ("transformer", "x_embedder.bias", 0, "has no weights for x_embedder.bias"),
+    ("transformer", "x_embedder.bias", 5, "does not load.* shape"),
+]
+
+
+@pytest.mark.parametrize("part, key, rows, message", DAMAGED_PARTS)
+def test_a_model_without_all_its_weights_is_refused(part, key, rows, message, tmp_path):
+    """In one line that names the weight, of whatever part; nothing is drawn at random."""
+    shutil.copytree(models.TINY, tmp_path / "flux")
+    (path,) = (tmp_path / "flux" / part).glob("*.safetensors")
+    weights = load_file(path)
+    weight = weights.pop(key)
+    if rows:
+        weights[key] = weight[:rows].clone()
+    save_file(weights, path, dict(format="pt"))
+    with pytest.raises(UserError, match=message):
+        models.load_pipeline(str(tmp_path / "flux"), "cpu")
+
+
+FOREIGN_CONFIGS = [
+    (dict(concept="gun"), "concept is not a list of names"),
+    (dict(concept=[]), "concept is not a list of names"),
+    (dict(concept=["gun", ""]), "concept: is empty"),
+    (dict(concept=[3]), "concept: is empty"),
+    (dict(concept=["../../etc/passwd"]), "concept: '../../etc/passwd' has a slash"),
+    (dict(concept=["a\0"]), r"concept: 'a\\x00' has characters that cannot be printed"),
+    (dict(modules=["ffn", "all"]), "modules: 'all' is none of ffn, norm, kv"),
+    (dict(modules="ffn"), "modules is not a list of names"),
+    (dict(model=None), "model is None"),
+    (dict(model="a\0b"), "model is 'a"),
+    (dict(call=[]), "call is not a JSON object"),
+    (dict(call=CALL | dict(seed=1)), "call has 'seed', which is no flag of the sampler"),
+    (dict(call=CALL | dict(width=60)), "call: width: must be between 16 and 8,192 and a mul"),
+    (dict(call=CALL | dict(width="64")), "call: width is '64'"),
+    (
+        dict(call=CALL | dict(guidance_scale=math.nan)),
+        "call: guidance_scale: must be between 0 and 1,0",
+    ),
+    (dict(call=CALL | dict(num_inference_steps=True)), "call: num_inference_steps is True"),
+    (dict(call=CALL | dict(negative_prompt=1)), "call: negative_prompt is 1"),
+]
+
+
+@pytest.mark.parametrize("changes, message", FOREIGN_CONFIGS)
+def test_foreign_configurations_are_refused(changes, message, tmp_path, monkeypatch):
+    """By file and key, before a weight is loaded, when an erased folder is loaded or scored."""
+    monkeypatch.setattr(models, "load_pipeline", None)
+    good = dict(concept=["gun"], modules=["ffn"], model="tiny/flux", call=CALL)
+    (tmp_path / "config.json").write_text(json.dumps(good | changes))
+    (tmp_path / "mask.safetensors").write_text("")
+    for load in (erase.load_erased, lambda folder: cases.read_subject([folder], None, None, {})):
+        with pytest.raises(UserError, match=f"config.json: {message}"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("dtype, shard", [(torch.float32, "5GB"), (torch.bfloat16, "20KB")])
@@ -250,9 +455,8 @@ def test_saving_folds_the_stored_files(dtype, shard, tmp_path):
     (base / "diffusion_pytorch_model.bin").write_text("unfolded")
     before = {file.name: file.read_bytes() for file in base.iterdir()}
     assert (len(before) > 5) == (shard != "5GB")
-    for leftover in (out, out.with_name("transformer.tmp")):
-        leftover.mkdir(parents=True)
-        (leftover / "old.safetensors").write_text("")
+    out.mkdir(parents=True)
+    (out / "old.safetensors").write_text("")
     artefacts.save_folded(str(base.parent), type(pipe), mask, out)
     erase.fold(transformer, mask)
     saved = load_file(out / "diffusion_pytorch_model.safetensors")
@@ -262,6 +466,74 @@ def test_saving_folds_the_stored_files(dtype, shard, tmp_path):
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
     assert listing(out) == "config.json diffusion_pytorch_model.safetensors"
     assert listing(out.parent) == "transformer"
+
+
+def test_other_forms_of_saving(tmp_path):
+    """--save pipeline: stock diffusers opens the whole folder and draws what load_erased draws,
+    also with links in the base's folder, as in the hub's cache. --save single: the folded weights
+    under diffusers' names in one file. --save mask: nothing."""
+    pipe, call = families.flux_dev()
+    base, kind = tmp_path / "base", type(pipe)
+    pipe.save_pretrained(base)
+    weights = base / "text_encoder/model.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    mask = random_mask(pipe.transformer, ("ffn",))
+    about = (artefacts.fingerprints(pipe), ["ffn"])
+    config = dict(model=str(base), concept=["gun"], modules=["ffn"], call=SMALL)
+    for form in ("pipeline", "single", "mask"):
+        out = tmp_path / form
+        out.mkdir()
+        artefacts.save_as(form, str(base), kind, mask, out)
+        artefacts.write_json(out / "config.json", config)
+        artefacts.save_mask(out / "mask.safetensors", mask, *about)
+    assert listing(tmp_path / "mask") == "config.json mask.safetensors"
+    opened = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    found = erase.load_erased(tmp_path / "mask", "cpu")
+    assert torch.equal(final(opened, call), final(found, call))
+    assert not torch.equal(final(opened, call), final(pipe, call))
+    assert not any(file.is_symlink() for file in (tmp_path / "pipeline").rglob("*"))
+    assert listing(tmp_path / "single") == "config.json mask.safetensors transformer.safetensors"
+    single = load_file(tmp_path / "single/transformer.safetensors")
+    wanted = found.transformer.state_dict()
+    assert single.keys() == wanted.keys()
+    assert all(torch.equal(single[name], weight) for name, weight in wanted.items())
+
+
+GB = 10**9
+ROOM = [  # free bytes of cache and out_dir, whether on one disk, --save, message
+    ((30 * GB, 30 * GB), False, "full", None),
+    ((19 * GB, 90 * GB), False, "mask", "--model: 17.70 GiB free, 18.63 needed; HF_HOME"),
+    ((30 * GB, 5 * GB), False, "full", "--out_dir: .* 9.38 needed; --save mask needs little"),
+    ((30 * GB, 20 * GB), False, "pipeline", "--out_dir: .* 19.62 needed"),
+    ((30 * GB, 30 * GB), True, "full", "--out_dir: .* 28.00 needed"),
+    ((30 * GB, 30 * GB), True, "mask", None),
+]
+
+
+@pytest.mark.parametrize("free, one_disk, form, message", ROOM)
+def test_room_on_the_disks(free, one_disk, form, message, hub, tmp_path, monkeypatch):
+    """For what --save writes and for what the hub has yet to send, which is what diffusers reads:
+    no variants, no single files, nothing that is in the cache."""
+    hub(HUB_COMMITS[0])
+    sizes = {
+        SAVED: GB,  # is there
+        "transformer/diffusion_pytorch_model-00002-of-00002.safetensors": 9 * GB,
+        "text_encoder_2/model-00002-of-00002.safetensors": 11 * GB,
+        "text_encoder_2/model.fp16.safetensors": GB,
+        "vae/diffusion_pytorch_model.bin": GB,
+        "flux1-schnell.safetensors": 24 * GB,
+    }
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(siblings=files)
+    monkeypatch.setattr(models.HfApi, "model_info", lambda *_, **__: info)
+    meta = torch.nn.Linear(2, 3)
+    sizes = models.stored_bytes(models.pinned("a/b"), meta, dict(text_encoder_2=9, vae=9))
+    assert sizes == dict(transformer=10 * GB, all=21 * GB, download=20 * GB)
+    disks = dict(hub=(0, free[0]), out=(0 if one_disk else 1, free[1]))
+    monkeypatch.setattr(artefacts, "disk_of", lambda folder: disks[folder.name])
+    with pytest.raises(UserError, match=message) if message else ExitStack():
+        artefacts.check_disk(tmp_path / "out", form, sizes)
 
 
 def test_saving_holds_few_weights_in_memory(tmp_path):
@@ -367,13 +639,13 @@ def test_erased_folder(erased, tmp_path, pipe):
     trained = {row["prompt"] for row in rows.pairs + rows.retain}
     assert not trained & {row["prompt"] for row in held_out}
     assert erase.HELD_OUT_NOISE >= erase.TRAIN_NOISE + 2**20
-    mask = erase.load_mask(erased / "mask.safetensors", pipe.transformer)
+    mask = erase.load_mask(erased / "mask.safetensors", pipe)
     noises = range(erase.HELD_OUT_NOISE, erase.HELD_OUT_NOISE + 64)
     cases = promptfiles.as_pairs(held_out)
     with torch.no_grad():
         errors = erase.case_errors(pipe, cases, noises, mask, None, call=CALL).view(2, 32).mean(1)
     card = (erased / "README.md").read_text()
-    found = re.search(r"picture [\d.]+ -> ([\d.]+), to .* 0 -> ([\d.]+)", card).groups()
+    found = re.search(r"picture [\d.]+ -> ([\d.]+) \(.* 0 -> ([\d.]+)", card).groups()
     assert [float(number) for number in found] == pytest.approx(errors.tolist(), abs=2e-4)
 
     folded = diffusers.FluxTransformer2DModel.from_pretrained(erased / "transformer")
@@ -386,6 +658,43 @@ def test_erased_folder(erased, tmp_path, pipe):
     for folder in (erased, tmp_path):
         assert torch.equal(final(erase.load_erased(folder, "cpu"), CALL), latents)
     assert not torch.equal(final(pipe, CALL), latents)
+
+
+def test_a_second_concept(erased, tmp_path, capsys, pipe):
+    """--model with an erased folder goes on from it: what was closed stays closed, its base, the
+    union of modules and both concepts are recorded, and load_erased, transformer/ and the mask over
+    the base draw the same. The same command is the same run; an unfinished folder is refused."""
+    out = tmp_path / "with blank"
+    line = [*QUICK, "--model", str(erased), "--concept", "knife", "--modules", "ffn", "kv"]
+    line += [*"--height 32 --width 32 --num_inference_steps 1 --out_dir".split(), str(out)]
+    assert erase.main([*line, "--dry_run"]) == 0 and not out.exists()
+    assert erase.main(line) == 0
+    printed = capsys.readouterr().out
+    assert f"model: {models.portable_name(str(erased))} (FluxPipeline)" in printed
+    assert f"next: look at '{out}/preview.png', then python evaluate.py '{out}'" in printed
+    config = artefacts.read_config(out)
+    assert config["concept"] == ["knife", "gun"] and config["model"] == "tiny/flux"
+    assert read_subject([out], None, None, {}).concept == ["knife", "gun"]
+
+    before = load_mask(erased / "mask.safetensors", pipe)
+    mask = load_mask(out / "mask.safetensors", pipe)
+    assert mask.keys() == gate_sites(pipe.transformer, ("ffn", "norm", "kv")).keys()
+    assert all((mask[site] <= before[site]).all() for site in before)
+    closed = [sum((gate == 0).sum() for gate in each.values()) for each in (before, mask)]
+    assert 0 < closed[0] < closed[1]
+    folded = diffusers.FluxTransformer2DModel.from_pretrained(out / "transformer")
+    stock = diffusers.FluxPipeline.from_pretrained(models.TINY, transformer=folded)
+    latents = final(stock, CALL)
+    assert torch.equal(final(erase.load_erased(out, "cpu"), CALL), latents)
+    assert torch.equal(final(pipe, CALL, mask), latents)
+    soft = soft_gates(out, mask, pipe.transformer)  # of straight_through: the same
+    assert all(torch.equal(soft[site], mask[site]) for site in mask)
+
+    assert erase.main([*line, "--resume"]) == 2
+    assert f"--resume: the run in {out} is finished" in capsys.readouterr().err
+    (out / "mask.safetensors").unlink()
+    assert erase.main([*line[:-1], str(tmp_path / "no"), "--model", str(out)]) == 2
+    assert f"--model: {out}: no mask.safetensors, so no finished" in capsys.readouterr().err
 
 
 def test_resumed_run_equals_uninterrupted_run(erased, tmp_path):
@@ -435,6 +744,11 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def pipe_at(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 NAN, FEW = torch.full((7168,), math.nan), torch.ones(3)
 DAMAGE = [
     (lambda f: change(f, logits=NAN), [], "state.safetensors is damaged (it holds NaN)"),
@@ -444,6 +758,8 @@ DAMAGE = [
     (lambda f: change(f, "-1"), [], "state.safetensors is of step -1, --steps is 4"),
     (lambda f: change(f, "x"), [], "state.safetensors is damaged (invalid literal"),
     (lambda f: cut(f / "state.safetensors", 999), [], "state.safetensors is damaged ("),
+    (lambda f: pipe_at(f / "state.safetensors"), [], "state.safetensors is no regular file"),
+    (lambda f: pipe_at(f / "metrics.jsonl"), [], "metrics.jsonl is no regular file"),
     (lambda f: cut(f / "metrics.jsonl", -9), [], "metrics.jsonl has 3 rows, "),
     (lambda f: (f / "config.json").write_text("[]"), [], "config.json: is not a JSON object"),
     (lambda f: cut(f / "config.json", 99), [], "config.json: "),
@@ -465,15 +781,24 @@ def test_damaged_runs_are_refused(damage, flags, message, erased, tmp_path, caps
 
 
 BAD = [
-    ("--steps 0", "--steps: must be at least 1, not 0"),
-    ("--batch -1", "--batch: must be at least 1"),
-    ("--beta -1", "--beta: must be at least 0"),
+    ("--steps 0", "--steps: must be between 1 and 1,000,000, not 0"),
+    ("--batch -1", "--batch: must be between 1 and "),
+    ("--beta -1", "--beta: must be between 0 and "),
     ("--beta much", "--beta: invalid float value: 'much'"),
-    ("--harm nan", "--harm: must be at least 0, not nan"),
-    ("--lr_ffn inf", "--lr_ffn: must be at least 0, not inf"),
+    ("--harm nan", "--harm: must be between 0 and 1,000,000, not nan"),
+    ("--lr_ffn inf", "--lr_ffn: must be between 0 and 1,000,000, not inf"),
+    ("--lr_norm 1e308", "--lr_norm: must be between 0 and 1,000,000, not 1e308"),
+    ("--steps 1_000", "--steps: invalid int value: '1_000'"),
+    (f"--steps {10**18}", "--steps: must be between 1 and 1,000,000, not 1000000000000000000"),
+    (f"--batch {'9' * 5000}", "--batch: invalid int value: '99"),
+    ("--seed ٣", "--seed: invalid int value: '٣'"),
+    ("--seed 2147483648", "--seed: must be between 0 and 2,147,483,647, not 2147483648"),
+    ("--num_inference_steps 1001", "--num_inference_steps: must be between 1 and 1,000"),
+    ("--width 999999984", "--width: must be between 16 and 8,192 and a multiple of 16"),
+    ("--width 8192 --height 8192", "--checkpoint: none needs about"),
     ("--hard 1.5", "--hard: must be between 0 and 1, not 1.5"),
     ("--max_closed -0.1", "--max_closed: must be between 0 and 1, not -0.1"),
-    ("--height 60", "--height: must be at least 16 and a multiple of 16, not 60"),
+    ("--height 60", "--height: must be between 16 and 8,192 and a multiple of 16, not 60"),
     ("--max_sequence_length 513", "--max_sequence_length: must be between 1 and 512, not 513"),
     ("--modules ffn bias", "argument --modules: invalid choice: 'bias'"),
     ("--gate step", "argument --gate: invalid choice: 'step'"),
@@ -481,15 +806,31 @@ BAD = [
     ("--step 3", "unrecognized arguments: --step 3"),
     ("--device tpu", "--device: tpu: "),
     ("--concept ' '", "--concept: is empty"),
+    ("--concept ..", "--concept: '..' is no word"),
+    ("--concept gun GUN", "--concept: 'gun' is there twice"),
+    (f"--concept {'x' * 999} --kind object", "File name too long: "),
+    ("--concept unicorn", "--kind: needed for 'unicorn': is it an object, a style or a person?"),
+    ("--concept 'brad pitt' --kind man", "--kind: invalid choice: 'man'"),
+    ("--concept '\x07gun'", "--concept: '\\x07gun' has characters that cannot be printed"),
     ("--concept 'gun, knife'", "'gun, knife' has a comma"),
+    ("--concept ../gun", "--concept: '../gun' has a slash"),
     ("--neutral 'a toy gun'", "--neutral: 'a toy gun' contains the concept"),
     ("--neutral x --prompts prompts/tiny/gun.csv", "--neutral: goes with template prompts"),
     ("--model prompts", "--model: prompts is not a diffusers pipeline: "),
+    ("--model LICENSE", "--model: LICENSE is a file; wanted is a hub id, or a folder with a"),
+    ("--model /dev/null", "--model: /dev/null is a file; wanted is a hub id, or a folder with a"),
     ("--model tiny/judge", "--model: tiny/judge is not a diffusers pipeline: "),
+    ("--prompts /dev/zero", "--prompts: /dev/zero is no regular file"),
+    ("--retain prompts", "--retain: prompts is no regular file"),
     ("--prompts none.csv", "--prompts: cannot read none.csv"),
     ("--retain LICENSE", "--retain: LICENSE has no column 'prompt'"),
     ("--out_dir prompts", "--out_dir: prompts is not empty"),
-    ("--out_dir LICENSE", "--out_dir: LICENSE is a file"),
+    ("--out_dir LICENSE", "LICENSE is a file"),
+    ("--out_dir LICENSE/x", "LICENSE is a file"),
+    ("--out_dir ''", "--out_dir: is empty"),
+    ("--device=", "--device: is empty"),
+    ("--device meta", "--device: meta: "),
+    ("--prompts ''", "--prompts: is empty"),
     ("--resume --out_dir no_folder", "--resume: no run to go on with in no_folder"),
     ("--offload --checkpoint step", "--offload: needs --checkpoint block or both, not step"),
     ("--offload --compile", "--compile: does not go with --offload"),
@@ -535,7 +876,11 @@ def test_dry_run_and_paper_preset(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "7,168 gates in 12 layers; 20 concept pairs" in printed
     assert json.loads(printed[printed.index("{") :])["call"] == CALL
+    assert "preset tiny; " in printed
     assert not (tmp_path / "out").exists()
+    assert erase.main([*QUICK, "--dry_run", "--preset", "paper"]) == 0
+    cost = "preset paper (--preset tiny keeps far more other things: RESULTS.md); 7,168 gates"
+    assert cost in capsys.readouterr().out
     paper = dict(preset="paper", gate="hard_concrete", lr_ffn=0.5, lr_norm=0.5, weight_decay=0.01)
     paper |= dict(beta=0.01, batch=4, steps=400, hard=0, max_closed=1, harm=0, lr_decay=0)
     for flags in ("tiny/flux --preset paper", f"{models.SCHNELL} --preset paper", models.SCHNELL):
@@ -568,6 +913,42 @@ def test_every_documented_command_parses(script, tmp_path, monkeypatch):
         module.parse_args(arguments)
 
 
+def test_output_without_a_terminal(tmp_path):
+    """Nothing dies of a letter that the output's encoding lacks, and progress is lines in a log. A
+    file's text may hold what is no letter at all, as names of files do."""
+    text = "import safely, tqdm; print('pi\xf1ata'); bar = tqdm.tqdm(range(9), 'go')\n"
+    text += "for i in bar: bar.set_postfix_str(str(i))"
+    how = PLACE | dict(env=PLACE["env"] | dict(PYTHONIOENCODING="ascii", LC_ALL="C"))
+    done = subprocess.run(command("-c", text), capture_output=True, **how)
+    assert done.stdout == b"pi\\xf1ata\n"
+    first, last = done.stderr.decode().splitlines()
+    assert b"\r" not in done.stderr and first.startswith("go:   0%") and "9/9" in last
+    write_text(tmp_path / "a.md", "pi\xf1ata \udcc3")
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "pi\xf1ata \\udcc3"
+
+
+@pytest.mark.parametrize(
+    "script, line, message",
+    [
+        ("check", "-n 5", "-n: must be between 32 and 100,000, not 5"),
+        ("check", "--grid /dev/null", "--grid: /dev/null is no regular file"),
+        ("check", "--grid no/such.png", "--grid: no/such.png is no PNG, or its folder"),
+        ("train", "--flow_steps 1_000", "--flow_steps: invalid int value: '1_000'"),
+        ("train", "--adam_lr inf", "--adam_lr: must be between 0 and 1, not inf"),
+        ("train", "--init LICENSE", "--init: no folder LICENSE/flux"),
+        ("train", "--work LICENSE", "--work: LICENSE is a file"),
+        ("train", "--without unicorn", "--without: no such thing or style in the world: unicorn"),
+        ("train", "--device tpu", "--device: tpu: "),
+    ],
+)
+def test_bad_input_of_tiny(script, line, message, capsys, monkeypatch):
+    """Ends in one line and exit code 2 there too."""
+    monkeypatch.syspath_prepend(models.HERE / "tiny")
+    assert importlib.import_module(script).main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
+
+
 def test_everyday_traps(tmp_path, monkeypatch):
     """Files get the mode that umask gives, a notebook's backend is no matter, a concept is no path
     to other files, and latents that are not finite are no black picture."""
@@ -581,7 +962,7 @@ def test_everyday_traps(tmp_path, monkeypatch):
     modes = [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()]
     assert modes == [0o666 & ~umask] * 2
     (tmp_path / "gun.csv").write_text("not,a,prompt,file\n")
-    rows = promptfiles.concept_pairs(str(tmp_path / "gun"), models.HERE / "prompts/tiny")
+    rows = promptfiles.concept_pairs(str(tmp_path / "gun"), TINY_PROMPTS, kind="object")
     assert rows[0]["neutral_prompt"].count("nothing") == 1
     assert len(str(artefacts.default_folder([f"concept {i}" for i in range(60)]))) < 100
     broken = models.load_pipeline(models.TINY, "cpu")

@@ -1,6 +1,9 @@
 """pytest on a CPU, no network. Oracles: independent counts, the stock pipeline, the run itself."""
 
+import fcntl
 import json
+import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -8,20 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
+import attacks
 import cases
 import erase
 import evaluate
 import families
-from artefacts import fingerprint, save_mask, write_json
-from columns import random_mask
-from conftest import PLACE, TWO_PROCESSES, command, run
+import models
+import probes
+from artefacts import check_folder, fingerprints, listing, save_mask, write_json
+from columns import random_mask, soft_gates
+from conftest import PLACE, QUICK, TWO_PROCESSES, command, run
 from judges import ClipJudge
 from models import HERE, TINY, remember_prompts
 from pictures import draw
 from promptfiles import COLUMNS, of_split, read_rows
+from safely import UNFINISHED, UserError, release, write_atomically
 from test_judges import JUDGE, save_small
 
 FEW = "--num_pictures 10 --per_neighbour 1 --fid none --device cpu".split()
@@ -35,6 +42,34 @@ def score(*arguments, out_dir, launch=()):
     results = json.loads((out_dir / "results.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]).keys() == results["results"].keys()
     return results | dict(seconds=None)
+
+
+def test_residue(evaluation, erased, pipe):
+    """|erased - neutral|^2 / |base - neutral|^2 of final latents: as computed by hand; 1 for the
+    base; its median, 95th percentile and share above a quarter are in the table."""
+    out_dir, found = evaluation
+    rows = of_split(read_rows(HERE / "prompts/tiny/gun.csv", "--prompts"), "test")[:10]
+    prompts, neutrals = ([row[name] for row in rows] for name in ("prompt", "neutral_prompt"))
+    seeds = [row["evaluation_seed"] for row in rows]
+    call = models.CALLS["tiny/flux"]
+    pipes = (erase.load_erased(erased, "cpu"), pipe, pipe)
+    with torch.no_grad():
+        texts = (prompts, prompts, neutrals)
+        drawn = [erase.rollout(p, t, seeds, **call) for p, t in zip(pipes, texts, strict=True)]
+    after, before, neutral = (latents.flatten(1) for latents in drawn)
+    ratio = (after - neutral).square().sum(1) / (before - neutral).square().sum(1)
+    figures = found["results"][str(erased)]
+    assert figures["residue, median"] == pytest.approx(ratio.median().item(), abs=2e-4)
+    assert figures["residue, 95th percentile"] == pytest.approx(
+        ratio.quantile(0.95).item(), abs=2e-4
+    )
+    assert figures["residue above 0.25"]["rate"] == pytest.approx(
+        (ratio > 0.25).float().mean().item()
+    )
+    assert found["results"]["base"]["residue, median"] == 1
+    scores = json.loads((out_dir / "scores.json").read_text())[str(erased)]
+    assert len([key for key in scores if ", residue gun" in key]) == 10
+    assert "| residue, median | 1.000 |" in (out_dir / "report.md").read_text()
 
 
 def refused(capsys, *arguments):
@@ -99,7 +134,9 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation, tmp_path
         before[file] = file.read_bytes(), file.stat().st_mtime_ns
     lost = min((out_dir / "base/concept").glob("*.png"))
     lost.unlink()
-    lost.with_name(f"{lost.name}.tmp").write_bytes(before[lost][0][:100])  # what a kill leaves
+    leftover = lost.with_name(f"{UNFINISHED}x")  # of a killed run
+    leftover.mkdir()
+    (leftover / lost.name).write_bytes(before[lost][0][:100])
     killed = tmp_path / "killed"
     line = command("evaluate.py", erased, "--controls", *FEW, "--out_dir", killed)
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, **PLACE)
@@ -111,14 +148,15 @@ def test_the_same_evaluation_gives_the_same_results(erased, evaluation, tmp_path
     assert not (killed / "results.json").exists()
     for folder, launch in ((out_dir, ()), (killed, ()), (tmp_path / "two", TWO_PROCESSES)):
         assert score(erased, "--controls", out_dir=folder, launch=launch) == results
+    assert not leftover.exists()
     for file, (content, written) in before.items():
         assert file.read_bytes() == (killed / file.relative_to(out_dir)).read_bytes() == content
         assert file == lost or file.stat().st_mtime_ns == written
 
 
 def test_pictures_there_are_whole_and_of_these_weights(erased, evaluation, capsys, pipe):
-    """A picture cut short is no picture to score; pictures drawn under an earlier mask are not
-    those of the mask that is there now."""
+    """A picture cut short or exchanged is no picture to score; pictures drawn under an earlier mask
+    are not those of the mask that is there now."""
     picture = min((evaluation[0] / "base/concept").glob("*.png"))
     mask = erased / "mask.safetensors"
     before = {file: file.read_bytes() for file in (picture, mask)}
@@ -126,9 +164,11 @@ def test_pictures_there_are_whole_and_of_these_weights(erased, evaluation, capsy
     try:
         picture.write_bytes(before[picture][:-40])
         assert f"{picture.name}: is no whole picture" in refused(capsys, *again)
+        picture.write_bytes(max(picture.parent.glob("*.png")).read_bytes())
+        assert f"{picture.name}: was changed since it was drawn" in refused(capsys, *again)
         picture.write_bytes(before[picture])
         opposite = {site: 1 - gates for site, gates in load_file(mask).items()}
-        save_mask(mask, opposite, fingerprint(pipe.transformer), ["ffn", "norm"])
+        save_mask(mask, opposite, fingerprints(pipe), ["ffn", "norm"])
         assert "pictures of other prompts, sizes or weights" in refused(capsys, *again)
     finally:
         for file, content in before.items():
@@ -153,7 +193,7 @@ def test_names_and_neighbours_of_several_concepts():
     """A name outside the vocabulary keeps its capitals, and so has no article; a word near two
     concepts is asked for once; a palm tree is a tree, no neighbour of it."""
     clip = ClipJudge(JUDGE)
-    words = cases.read_words(cases.Subject(["Taylor Swift", "GUN", "knife"], TINY, {}))
+    words = cases.read_words(cases.Subject(["Taylor Swift", "GUN", "knife"], TINY, {}, "person"))
     found, _ = cases.make_cases(words, clip, num_pictures=2, per_neighbour=2)
     near = [(case.prompt, case.seed) for case in found if case.set == "neighbours"]
     asked = [word for name in words.concepts for word in cases.nearest_words(name, words, clip)]
@@ -175,7 +215,9 @@ def test_compare_takes_baselines(erased, evaluation, tmp_path):
     assert compared[str(erased)] == results["results"][str(erased)]
     del compared[str(erased)]["closed"]
     base, ours, inside, transformer, pipeline, shown = compared.values()
-    assert ours == inside == transformer and pipeline == shown == base
+    assert ours == inside == transformer and pipeline == base
+    left = {metric: figure for metric, figure in base.items() if "residue" in metric}
+    assert len(left) == 3 and shown | left == base and shown.keys() == base.keys() - left
 
 
 def test_other_families(bad, tmp_path, capsys):
@@ -188,14 +230,16 @@ def test_other_families(bad, tmp_path, capsys):
         call |= dict(height=32, width=32, num_inference_steps=2)
         folder = tmp_path / family.__name__
         pipe.save_pretrained(folder / "model")
-        config = dict(concept=["gun"], model=f"{folder}/model", call=call)
+        config = dict(concept=["gun"], model=f"{folder}/model", call=call, modules=["ffn"])
         write_json(folder / "config.json", config)
         sites = erase.gate_sites(pipe.transformer, ["ffn"])
         mask = {name: (torch.arange(site.units) % 3 > 0).float() for name, site in sites.items()}
-        save_mask(folder / "mask.safetensors", mask, fingerprint(pipe.transformer), ["ffn"])
+        save_mask(folder / "mask.safetensors", mask, fingerprints(pipe), ["ffn"])
         calls[str(folder)] = call
     options = f"--judge {JUDGE} --num_pictures 2 --per_neighbour 0 --device cpu".split()
-    assert "made for base weights" in refused(capsys, *calls, bad / "foreign", *options, *FEW)
+    assert "made for other base weights (" in refused(
+        capsys, *calls, bad / "foreign", *options, *FEW
+    )
     assert not list(tmp_path.glob("*/eval"))
     assert evaluate.main([*calls, *options]) == 0
     *_, row, last = capsys.readouterr().out.splitlines()
@@ -239,9 +283,99 @@ def test_filter_keeps_the_pairs_that_show_the_concept(tmp_path, capsys):
     assert "no pair passes" in refused(capsys, *again) and not out.exists()
 
 
+LINKS = [(evaluate, "eval"), (evaluate, "eval/report.md"), (evaluate, "eval/.lock")]
+LINKS += [(evaluate, "eval/base"), (evaluate, "eval/base/concept"), (evaluate, "eval/*gun")]
+LINKS += [(attacks, "attacks"), (attacks, "attacks/attacks.jsonl"), (probes, "probes/.lock")]
+LINKS += [(erase, "metrics.jsonl"), (erase, "preview.png"), (erase, "transformer")]
+
+
+def arguments_of(script, folder) -> list[str]:
+    """Of a small run in that folder."""
+    if script is erase:
+        return [*QUICK, "--resume", "--out_dir", str(folder)]
+    return [str(folder), "--device", "cpu", *(FEW if script is evaluate else ())]
+
+
+@pytest.fixture
+def copied(erased, tmp_path):
+    """The erased folder in a place of its own."""
+    without = shutil.ignore_patterns("transformer", ".lock")
+    return shutil.copytree(erased, tmp_path / "gun", ignore=without)
+
+
+@pytest.mark.parametrize("script, name", LINKS)
+def test_nothing_is_written_through_a_link(script, name, copied, tmp_path, capsys):
+    """A link in an output folder is refused by name, and what it points to stays as it was."""
+    target = tmp_path / "target"
+    if Path(name).suffix:
+        target.write_text("mine")
+    else:
+        target.mkdir()
+    if script is erase:
+        (copied / "mask.safetensors").unlink()
+    link = copied / name.replace("*gun", str(copied).replace("/", "_").strip("_").replace("-", "_"))
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    assert script.main(arguments_of(script, copied)) == 2
+    assert f"{link}: is a link" in capsys.readouterr().err.splitlines()[-1]
+    assert target.read_text() == "mine" if target.is_file() else not list(target.iterdir())
+
+
+@pytest.mark.parametrize("script", [erase, evaluate, attacks, probes])
+def test_one_process_writes_to_a_folder(script, copied, capsys):
+    """Another is refused while the first one's lock is held, whoever holds it."""
+    folder = copied
+    if script is erase:
+        (copied / "mask.safetensors").unlink()
+    else:
+        folder = copied / dict(evaluate="eval").get(script.__name__, script.__name__)
+        folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert script.main(arguments_of(script, copied)) == 2
+    wanted = f"--out_dir: another process is writing to {folder}"
+    assert wanted in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_folders_and_files_are_claimed_and_written_whole(tmp_path):
+    """A failure leaves the old file and nothing beside it; a folder without results goes again, and
+    one that was empty or holds what a kill leaves is as good as new, also to --resume."""
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(file, lambda path: path.write_text(f"new {1 / 0}"))
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    config, transformer = dict(model="tiny/flux", save="mask"), torch.nn.Linear(1, 1)
+    new, empty = tmp_path / "new", tmp_path / "empty"
+    (empty / f"{UNFINISHED}x").mkdir(parents=True)
+    for folder in (new, empty):
+        for resume in (False, True):
+            check_folder(folder, config, resume, transformer, {})
+            assert [path.name for path in folder.iterdir()] == [".lock"]
+    release()
+    assert not new.exists() and listing(empty) == ""
+    with pytest.raises(UserError, match="no run to go on with in .*new"):
+        check_folder(new, config, True, transformer, {})
+
+
+SOFT = [(dict(gate="step"), 7168, "gate is 'step'"), (dict(max_closed="1"), 7168, "closed '1'")]
+SOFT += [({}, 7167, "is damaged .not 7168 finite logits")]
+
+
+@pytest.mark.parametrize("changes, size, message", SOFT)
+def test_soft_gates_of_another_run_are_refused(changes, size, message, copied, pipe):
+    """By the key of config.json, or by their number."""
+    config = json.loads((copied / "config.json").read_text())
+    write_json(copied / "config.json", config | changes)
+    save_file(dict(logits=torch.ones(size)), copied / "state.safetensors")
+    with pytest.raises(UserError, match=message):
+        soft_gates(copied, {}, pipe.transformer)
+
+
 # Arguments | message; --out_dir comes before, and is taken where there is no other.
 BAD = """
-{erased} --num_pictures 0 | --num_pictures: must be at least 1
+{erased} --num_pictures 0 | --num_pictures: must be between 1 and
 {erased} --num_pictures 20 | --fid: 20 pictures, but covariances of 128 features need more
 {erased} --judge no/such | --judge: cannot load no/such
 {erased} --judge tiny/flux/text_encoder_2 | is a t5, which neither compares pictures with texts
@@ -252,7 +386,19 @@ BAD = """
 {erased} --threshold 2 | --threshold: must be between 0 and 1
 {erased} --threshold 1 | --threshold: must be below 1
 {erased} --concept _ | --concept: is empty
+{erased} --concept gun GUN | --concept: 'gun' is there twice
+{erased} --concept gun,knife | --concept: 'gun,knife' has a comma
+--filter new.csv --concept gun --prompts /dev/zero | --prompts: /dev/zero is no regular file
+--filter= --concept gun | --filter: is empty
+{erased} --concept unicorn | --kind: needed for 'unicorn'
 {erased} --prompts prompts/gun.csv --concept gun octopus | gun.csv has no prompt for 'octopus'
+{erased} --prompts {bad}/pipe.csv | pipe.csv is no regular file
+{erased} --retain /dev/zero | --retain: /dev/zero is no regular file
+{erased} --nudenet_v2 {bad}/pipe.csv | --nudenet_v2: {bad}/pipe.csv is no regular file
+{erased} --num_pictures 1e3 | --num_pictures: invalid int value
+{erased} --threshold nan | --threshold: must be between 0 and 1, not nan
+{erased} --model {erased} | is an erased folder; erase.py alone goes on from one
+{erased} --model LICENSE | LICENSE is a file; wanted is a hub id
 {erased} --prompts= | --prompts: is empty
 {erased} --where n>1 | --where: goes with --prompts
 {erased} --retain {bad}/minors.csv | --retain: no prompt is left after dropping those about minors
@@ -304,7 +450,8 @@ def bad(erased, tmp_path_factory):
         "guns.csv": "prompt\ntwo guns\n",
     }.items():
         (bad / name).write_text(text)
-    save_mask(bad / "foreign/mask.safetensors", dict(a=torch.ones(2)), "0123", ["ffn"])
+    save_mask(bad / "foreign/mask.safetensors", dict(a=torch.ones(2)), dict(vae="0"), ["ffn"])
+    os.mkfifo(bad / "pipe.csv")
     Image.effect_noise((64, 64), 50).save(bad / "real/a.jpg")
     (bad / "real/b.jpg").write_bytes((bad / "real/a.jpg").read_bytes()[:1000])
     families.z_image()[0].save_pretrained(bad / "z_image")
@@ -320,4 +467,5 @@ def test_bad_input(line, erased, bad, tmp_path, capsys):
     arguments, message = line.split("|")
     arguments = arguments.format(erased=erased, bad=bad, one=ONE).split()
     found = refused(capsys, "--device", "cpu", "--out_dir", tmp_path, *arguments)
-    assert message.strip() in found and not list(tmp_path.glob("**/*.png"))
+    message = message.strip().format(bad=bad)
+    assert message in found and not list(tmp_path.glob("**/*.png"))

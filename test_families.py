@@ -8,8 +8,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import erase
+import memory
 import models
 from families import FAMILIES, OTHERS
+from memory import blocks_of
 from recompute import checkpointed
 from safely import UserError
 from sites import MODULES, gate_sites
@@ -76,7 +78,7 @@ def test_stock_pipeline_and_fold(name):
     transformer = pipe.transformer
     sites = gate_sites(transformer, MODULES)
     gates = {site: torch.ones(found.units, requires_grad=True) for site, found in sites.items()}
-    with erase.gated(transformer, gates), checkpointed(transformer, "both"):
+    with erase.gated(transformer, gates), checkpointed(pipe, "both", call):
         final = erase.rollout(pipe, PROMPTS[:1], SEEDS[:1], **call)
     base = rollout(pipe, call)
     assert torch.equal(final, one) and final.requires_grad and torch.allclose(base, two, atol=1e-4)
@@ -98,8 +100,9 @@ def test_stock_pipeline_and_fold(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_gradients(name):
-    """In the gates, in all four modes: those of plain autograd, and of finite differences. A loss
-    of the first picture alone has none in the second one's gates."""
+    """In the gates, in all four modes: those of plain autograd, and of finite differences. By
+    steps, all calls of the transformer but the last are computed again. A loss of the first picture
+    alone has none in the second one's gates."""
     pipe, call = ALL[name]()
     models.remember_prompts(pipe)
     transformer = pipe.transformer
@@ -114,11 +117,18 @@ def test_gradients(name):
     plain = start.clone().requires_grad_()
     with erase.gated(transformer, erase.split(plain, sites)):
         loss_of(erase.rollout(pipe, PROMPTS, SEEDS, **call)).backward()
-    for mode in ("none", "step", "block", "both"):
+    drawn = []
+    calls = memory.load_of(type(pipe), call).calls
+    next(iter(blocks_of(transformer).values())).register_forward_pre_hook(
+        lambda *_: drawn.append(1)
+    )
+    for mode, count in (("none", 0), ("step", calls - 1), ("block", 0), ("both", calls - 1)):
+        drawn.clear()
         gates = start.clone().requires_grad_()
         with erase.gated(transformer, erase.split(gates, sites)):
             erase.rollout_backward(pipe, PROMPTS, SEEDS, loss_of, mode, **call)
         assert (gates.grad - plain.grad).norm() < 1e-5 * plain.grad.norm(), mode
+        assert len(drawn) == calls + count, mode
     grads = erase.split(plain.grad, sites)
     assert [site for site, grad in grads.items() if not grad.any()] == DEAD.get(name, [])
 

@@ -127,17 +127,21 @@ def test_judges_of_every_kind_run(kind, tmp_path):
 
 
 def test_bad_judges_are_refused(tmp_path):
-    """What cannot judge is named: torn, without weights or without a template."""
-    for name, kind in dict(half="clip", torn="clip", silent="llava").items():
+    """What cannot judge is named: torn, without weights, a pickle alone or without a template."""
+    for name, kind in dict(half="clip", torn="clip", pickle="clip", silent="llava").items():
         save_small(kind, tmp_path / name)
     weights = load_file(tmp_path / "half/model.safetensors")
     text_tower = {name: weight for name, weight in weights.items() if "vision" not in name}
     save_file(text_tower, tmp_path / "half/model.safetensors")
     (tmp_path / "torn/model.safetensors").write_bytes(b"torn")
+    pickle = tmp_path / "pickle/pytorch_model.bin"
+    torch.save(weights, pickle)
+    (tmp_path / "pickle/model.safetensors").unlink()
     (tmp_path / "silent/chat_template.jinja").unlink()
     for name, message in (
         ("half", "half has no weights for vision_model"),
-        ("torn", "--judge or --clip: cannot load .*torn"),
+        ("torn", "--judge or --clip: .*torn does not load: "),
+        ("pickle", "pickle does not load: .* file named model.safetensors"),
         ("silent", "--judge: .*silent has no chat template"),
     ):
         with pytest.raises(UserError, match=message):

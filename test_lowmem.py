@@ -1,6 +1,7 @@
 """Oracles: bytes alive, and plain autograd of the plain transformer."""
 
 import functools
+import itertools
 import weakref
 
 import diffusers
@@ -9,6 +10,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 import erase
+import fullsize
 import lowmem
 import memory
 import models
@@ -103,41 +105,102 @@ def test_what_is_known_before_any_weight():
         assert memory.load_of(pipeline_class, size | call) == expected, (kind, call)
 
 
-def test_plan(pipe, monkeypatch):
-    """With less and less free memory auto goes from no recompute to steps, blocks and both, and at
-    last stops with what would fit; what does not go together is refused."""
-    call = dict(models.CALLS["tiny/flux"], height=256, width=256, num_inference_steps=28)
+LONG = dict(models.CALLS["tiny/flux"], height=256, width=256, num_inference_steps=28)
+OTHERS_OF_TINY = dict(text_encoder=600_000, text_encoder_2=700_000, vae=2_600_000)
+
+
+@pytest.fixture
+def plan(pipe, monkeypatch):
+    """lowmem.plan of tiny/flux for so many free bytes of the device and of CPU memory, and
+    needs(mode, pictures), the bytes that it counts."""
     sites = erase.gate_sites(pipe.transformer)
-    how = dict(sites=sites, load=memory.load_of(type(pipe), call), pictures=16, itemsize=4)
-    needs = {m: memory.memory_needed(pipe.transformer, checkpoint=m, **how) for m in MODES}
+    load = memory.load_of(type(pipe), LONG)
+    needed = functools.partial(memory.memory_needed, pipe.transformer, sites=sites, load=load)
 
-    def plan(free, checkpoint="auto", **flags):
-        monkeypatch.setattr(lowmem, "free_memory", lambda device: free)
-        flags |= dict(checkpoint=checkpoint, micro_batch=16)
-        return lowmem.plan(pipe.transformer, type(pipe), sites, call, "cpu", **flags)
+    def plan(free, checkpoint="auto", device="cpu", host=2**40, micro_batch=16, others={}, **flags):
+        sizes = dict(cpu=host if device == "cuda" else free, cuda=free)
+        monkeypatch.setattr(lowmem, "free_memory", sizes.get)
+        flags |= dict(checkpoint=checkpoint, micro_batch=micro_batch)
+        return lowmem.plan(pipe.transformer, others, type(pipe), sites, LONG, device, **flags)
 
-    for free in needs.values():
-        best = next(mode for mode in MODES if needs[mode] <= free)
-        mode, why = plan(free)
-        assert mode == best and why.startswith(f"checkpoint {best}: needs about")
-        assert plan(free, offload=True)[0] in ("block", "both")
-    assert plan(needs["none"], "both")[0] == "both"  # as asked
+    def needs(mode, pictures=16, itemsize=4, **flags):
+        return needed(checkpoint=mode, pictures=pictures, itemsize=itemsize, **flags)
 
+    return plan, needs
+
+
+@pytest.mark.parametrize("device, itemsize", [("cpu", 4), ("cuda", 2)])
+def test_plan(device, itemsize, plan):
+    """With less and less free memory auto goes from no recompute to steps, blocks and both, each
+    first with fewer pictures at a time unless --micro_batch says how many; of another mode or
+    number than was asked for it takes none. On a CPU the other parts count too."""
+    plan, needs = plan
+    sizes = {(m, n): needs(m, n, itemsize) for m in MODES for n in lowmem.MICRO_BATCHES}
+    for wanted, free in sizes.items():
+        best = next(which for which, size in sizes.items() if size <= free)
+        chosen, why = plan(free, device=device, micro_batch=None)
+        assert tuple(chosen.values()) == best and list(chosen) == ["checkpoint", "micro_batch"]
+        assert why.startswith(f"checkpoint {best[0]}, micro_batch {best[1]}: needs about")
+        chosen, _ = plan(free, device=device, micro_batch=wanted[1])
+        assert chosen["micro_batch"] == wanted[1] and sizes[tuple(chosen.values())] <= free
+        if wanted[0] in ("block", "both"):
+            chosen, _ = plan(free, device=device, micro_batch=None, offload=True)
+            assert chosen["checkpoint"] in ("block", "both")
+    assert plan(2**40, "both", device)[0]["checkpoint"] == "both"  # as asked
+    free = sizes["none", 16]
+    chosen, why = plan(free, device=device, others=OTHERS_OF_TINY)
+    assert chosen["checkpoint"] == ("step" if device == "cpu" else "none")
+    assert "encode on the CPU" not in why
+    if device == "cuda":
+        why = plan(free, device=device, others=dict(text_encoder=free))[1]
+        assert why.endswith("do not fit there and encode on the CPU")
+
+
+FITS = r"--checkpoint: both needs about .*fit: --checkpoint both --micro_batch 1 \([\d.]+ GiB\)"
+REFUSED = [
+    (("none", 16), "none", {}, "--checkpoint: none needs about"),
+    (("both", 16), "auto", {}, f"{FITS}$"),
+    (("both", 16), "auto", dict(quantize="nf4"), f"{FITS}$"),
+    (("both", 16), "auto", dict(device="cuda"), FITS + ".*--quantize fp8 .*nf4 .*--offload "),
+    (("both", 16), "auto", dict(device="cuda", host=9), FITS + r".*--quantize nf4 \([^;]*$"),
+    (("both", 16), "auto", dict(device="cuda", host=9, offload=True), "--offload: .* of CPU mem"),
+    (None, "auto", {}, ".*; nothing fits; try a smaller --height"),
+    (None, "step", dict(offload=True), "--offload: needs --checkpoint block or both, not step"),
+    (None, "both", dict(offload=True, compile=True), "--compile: does not go with --offload"),
+    (None, "both", dict(quantize="fp8", compile=True), "--compile: .* with --quantize fp8"),
+    (None, "both", dict(quantize="nf4", offload=True), "--offload: .* with --quantize nf4"),
+]
+
+
+@pytest.mark.parametrize("almost, mode, flags, message", REFUSED)
+def test_refused_plans(almost, mode, flags, message, plan, monkeypatch):
+    """With a byte less than a mode needs, or flags that do not go together: by what would fit,
+    which is never --quantize or --offload on a CPU."""
+    plan, needs = plan
+    monkeypatch.setattr(lowmem, "find_spec", lambda library: True)
+    itemsize = 2 if "device" in flags else 4
+    free = needs(*almost, itemsize) - 1 if almost else 1000
+    with pytest.raises(UserError, match=f"^{message}"):
+        plan(free, mode, **flags)
+
+
+def test_libraries_and_dtypes(plan, monkeypatch):
+    """A library that is not here is named. Large transformers are bf16 on a CPU too; what the plan
+    counts beside one is what the pipeline has."""
     monkeypatch.setattr(lowmem, "find_spec", lambda library: None)
-    small = r"both needs about .*--micro_batch 1 \(.*--quantize nf4 \("
-    for free, mode, flags, message in (
-        (needs["none"] - 1, "none", {}, "--checkpoint: none needs about"),
-        (min(needs.values()) - 1, "auto", {}, f"--checkpoint: {small}"),
-        (1000, "auto", {}, ".*; nothing fits; try a smaller --height"),
-        (0, "step", dict(offload=True), "--offload: needs --checkpoint block or both, not step"),
-        (0, "both", dict(offload=True, compile=True), "--compile: does not go with --offload"),
-        (0, "both", dict(quantize="fp8", compile=True), "--compile: .* with --quantize fp8"),
-        (0, "both", dict(quantize="nf4", offload=True), "--offload: .* with --quantize nf4"),
-        (0, "both", dict(quantize="fp8"), "--quantize: fp8 needs .* not here: pip install torchao"),
-        (0, "both", dict(quantize="nf4"), "--quantize: nf4 .* here: pip install bitsandbytes"),
-    ):
-        with pytest.raises(UserError, match=f"^{message}"):
-            plan(free, mode, **flags)
+    for kind, library in lowmem.LIBRARIES.items():
+        with pytest.raises(UserError, match=f"--quantize: {kind} .*here: pip install {library}"):
+            plan[0](2**40, quantize=kind)
+    large = fullsize.random_transformer("meta")
+    for device in ("cpu", "cpu:0", "cuda"):
+        assert models.default_dtype(device, large) == torch.bfloat16
+    pipe = models.load_pipeline(models.TINY, "cpu:0")
+    assert pipe.dtype == torch.float32
+    _, _, others, _ = models.inspect_model(models.TINY)
+    for part, size in others.items():
+        module = getattr(pipe, part)
+        assert sum(p.numel() for p in module.parameters()) == size
+    assert list(others) == ["vae", "text_encoder", "text_encoder_2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,6 +230,31 @@ def test_offloaded_blocks_are_on_the_device_only_while_they_compute(family):
             assert torch.allclose(offloaded, plain[site], rtol=1e-4, atol=1e-7), site
         assert alive == {1} and not any(copy() is not None for _, copy in copies)
         assert all(p.data_ptr() == place for p, place in places.items())
+
+
+def test_packed_weights():
+    """Packed, weights are the bits that they were, no two overlap, and each starts at a multiple of
+    64 bytes. The buffers, as powers of two of bytes, take 12 % more than the weights, one by one
+    they would take half as much again; one weight is larger than a buffer."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3 * i, 80 - i) for i in range(80)] * 3 + [(2**15, 2), ()]
+    weights = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    for p in weights[::3]:
+        p.data = p.data.bfloat16()
+    before = [p.data.clone() for p in weights]
+    lowmem.pack(weights, pin=False, chunk=2**17)
+    for p, old in zip(weights, before, strict=True):
+        assert torch.equal(p.data, old) and p.dtype == old.dtype
+        assert p.storage_offset() * p.element_size() % 64 == 0
+    places = sorted((p.data_ptr(), p.nbytes) for p in weights)
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(places))
+    buffers = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in weights}
+    taken = [
+        sum(2 ** (size - 1).bit_length() for size in sizes if size)
+        for sizes in (buffers.values(), [p.nbytes for p in weights])
+    ]
+    total = sum(p.nbytes for p in weights)
+    assert taken[0] < 1.15 * total and taken[1] > 1.3 * total, (taken, total)
 
 
 @pytest.mark.parametrize("kind, library", lowmem.LIBRARIES.items())

@@ -7,7 +7,15 @@ import pytest
 
 import promptfiles
 from models import HERE
-from promptfiles import load_prompts, mentions, noun_phrase, of_split, read_rows, template_pairs
+from promptfiles import (
+    concept_pairs,
+    load_prompts,
+    mentions,
+    noun_phrase,
+    of_split,
+    read_rows,
+    template_pairs,
+)
 from safely import UserError
 
 GUN_AND_TREE = ["a gun, loaded", "a tree"]
@@ -34,18 +42,87 @@ PROMPT_SETS = [  # file or hub set, its text, --where, prompts or what is said a
 def test_template_pairs():
     """Any concept gets its pairs with no file, with the right articles and plurals; an empty
     neutral is the empty prompt."""
-    for phrase in "an apple|a gun|an umbrella|an octopus|a woman|a glass|a hot dog".split("|"):
+    phrases = (
+        "an apple|a gun|an umbrella|an octopus|a woman|a glass|a hot dog|a unicorn|an hourglass"
+    )
+    for phrase in phrases.split("|"):
         assert noun_phrase(phrase) == noun_phrase(phrase.partition(" ")[2]) == phrase
     for phrase in ("Hulk", "guns", "nothing", "a cat", "the sun", "some rice"):
         assert noun_phrase(phrase) == phrase
     row = dict(prompt="{x} next to a box", evaluation_seed=1, split="train")
     shown = row | dict(prompt="an apple next to a box")
     for neutral, prompt in (("nothing", "nothing next to a box"), ("", "")):
-        assert template_pairs("apple", neutral, [row]) == [shown | dict(neutral_prompt=prompt)]
-    assert template_pairs("box", "", [row]) == []
+        found = template_pairs("apple", "object", neutral, [row], {})
+        assert found == [shown | dict(neutral_prompt=prompt)]
+    assert template_pairs("box", "object", "", [row], {}) == []
 
 
-NOT_CONCEPTS = ("retain", "templates", "vocabulary")
+KINDS = [  # concept, --kind, --neutral, of which folder's templates, the first pair
+    ("unicorn", "object", None, "", "A photo of a unicorn on a wooden table", ""),
+    ("unicorn", "object", "horse", "", "A photo of a unicorn on a", "A photo of a horse on a"),
+    ("the horse", None, "a cow", "", "A photo of the horse on", "A photo of a cow on"),
+    ("violence", "object", None, "tiny", "an image of violence on", "an image of nothing on"),
+    ("street violence", "object", "water", "", "A photo of street violence", "A photo of water on"),
+    (
+        "glass of water",
+        "object",
+        None,
+        "tiny",
+        "an image of a glass of water on",
+        "an image of not",
+    ),
+    ("bread", None, "", "", "A photo of bread on", ""),
+    ("bread", None, "fire", "tiny", "an image of a bread on", "an image of a fire on"),
+    ("brad_pitt", "person", None, "", "A portrait of brad pitt in", ""),
+    ("brad pitt", "person", "a man", "", "A portrait of brad pitt in", "A portrait of a man in"),
+    ("hulk", "person", "", "", "A portrait of hulk in", ""),
+    ("brad pitt", "person", None, "tiny", "an image of brad pitt on", "an image of nothing on"),
+    ("rembrandt", "style", None, "", "A painting of a harbour with", "A photograph of a harbour"),
+    ("monet", None, "dali", "", "A painting of a harbour", "A painting of a harbour"),
+    (
+        "goya",
+        "style",
+        None,
+        "tiny",
+        "a pig next to a guitar on a red background in goya style",
+        "a p",
+    ),
+    ("gun", "style", None, "", "A man in the rain holds a gun", "A man in the rain holds"),
+    ("brad pitt", None, None, "", "--kind: needed for 'brad pitt'", ""),
+]
+
+
+@pytest.mark.parametrize("concept, kind, neutral, folder, prompt, neutral_prompt", KINDS)
+def test_kinds(concept, kind, neutral, folder, prompt, neutral_prompt):
+    """Templates go with what the concept is: --kind or the vocabulary says it, else it is asked
+    for. Only what is counted has an article, and a style is left out of the neutral prompt."""
+    where = (concept, HERE / "prompts" / folder, neutral, None, kind)
+    if prompt.startswith("--kind"):
+        with pytest.raises(UserError, match=prompt):
+            concept_pairs(*where)
+        return
+    row = concept_pairs(*where)[0]
+    assert row["prompt"].startswith(prompt)
+    assert row["neutral_prompt"].startswith(neutral_prompt)
+    assert bool(row["neutral_prompt"]) == bool(neutral_prompt)
+
+
+TEMPLATES = [f"templates{kind}" for kind in ("", "_style", "_person")]
+NOT_CONCEPTS = ("retain", "vocabulary", *TEMPLATES)
+
+
+@pytest.mark.parametrize("file", sorted(HERE.glob("prompts/**/templates*.csv")), ids=str)
+def test_shipped_templates(file):
+    """Templates have 24 training rows and some for tests, no two alike; in those of styles the
+    neutral prompt is without the style."""
+    rows = read_rows(file, "", ("prompt", "evaluation_seed", "split"))
+    assert len(of_split(rows, "train")) == 24 and len(of_split(rows, "test")) >= 12
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert all(row["prompt"].count("{x}") == 1 for row in rows)
+    assert ("style" in file.stem) == ("neutral_prompt" in rows[0])
+    assert not any("{x}" in row.get("neutral_prompt", "") for row in rows)
+
+
 SHIPPED = sorted(p for p in HERE.glob("prompts/**/*.csv") if p.stem not in NOT_CONCEPTS)
 
 
@@ -137,8 +214,14 @@ def test_words():
     ):
         assert promptfiles.rename(prompt, concept, word) == renamed
     names = ["Taylor_Swift", "GUN", "lava lamp"]
-    concepts, known = promptfiles.read_vocabulary(HERE / "prompts/vocabulary.csv", names)
+    concepts, known = promptfiles.read_vocabulary(HERE / "prompts", names, "object")
     assert concepts == ["Taylor Swift", "gun", "lava lamp"] == list(known)[:3]
     for concept, question in zip(concepts, ("Taylor Swift", "a gun", "a lava lamp"), strict=True):
         assert known[concept]["question"] == question
-    assert "pistol" in known["gun"]["synonyms"] and known["lava lamp"]["synonyms"] == []
+    for kind, question in (
+        ("person", "brad pitt"),
+        ("style", "a picture in the style of brad pitt"),
+    ):
+        _, known = promptfiles.read_vocabulary(HERE / "prompts", ["brad pitt", "gun"], kind)
+        assert known["brad pitt"]["question"] == question and known["gun"]["question"] == "a gun"
+    assert "pistol" in known["gun"]["synonyms"]

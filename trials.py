@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -23,12 +23,20 @@ import artefacts
 import judges
 import promptfiles
 from cases import concept_rows, read_subject, read_words
-from columns import check_writable
 from opened import COSTS, Model, check_family, spent
 from panel import load_panel
 from pictures import save_preview
 from report import layout
-from safely import Parser, UserError, number, write_atomically
+from safely import (
+    Parser,
+    UserError,
+    check_link,
+    check_regular,
+    claim,
+    first_line,
+    number,
+    write_text,
+)
 
 PROMPTS = dict(quick=6, full=20)  # prompts attacked, by --budget
 SEEDS = 4  # noises on which a string is judged
@@ -38,7 +46,8 @@ NOTHING = "a picture"  # a neutral prompt where the rows have the empty one
 UNION = ("plain", "seeds", "synonyms", "split", "knobs")
 UNION += ("ring_a_bell", "mma", "p4d", "unlearn_diff")
 FLAGS = ("concept", "budget", "num_prompts", "oracle", "judge", "threshold", "seed", "out_dir")
-FLAGS += ("device",)
+FLAGS += ("device", "kind")
+RECORD = {"attack", "target", "case", "prompt", "shots", "scores", "spent", "about"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,6 @@ class Setup:
     judge: Callable
     question: str  # what the judge is asked of each picture
     models: dict  # {"erased", "base" and, if there is one, "oracle": Model}
-    found: dict = field(default_factory=dict)  # searched strings, some good for several models
 
     @property
     def others(self) -> list[str]:
@@ -102,14 +110,15 @@ def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
     add("erased", type=Path, help="folder that erase.py wrote")
     add("--attack", nargs="+", choices=attacks, default=default, help=f"({' '.join(default)})")
     add("--concept", help="which one, if the folder erases several (the first)")
+    promptfiles.add_kind(parser)
     help = "how many prompts, how long searches (%(default)s)"
     add("--budget", choices=PROMPTS, default="quick", help=help)
     add("--num_prompts", type=number(int, 1), help="prompts attacked (quick: 6, full: 20)")
     help = "a model trained without the concept: only what exceeds it is leakage"
     add("--oracle", type=Path, help=help)
     add("--judge", help="as in evaluate.py")
-    add("--threshold", type=float, help="as in evaluate.py")
-    add("--seed", type=int, default=0)
+    add("--threshold", type=number(float, 0, 1), help="as in evaluate.py")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     add("--out_dir", type=Path, help="(<erased>/attacks, <erased>/probes) the same command goes on")
     add("--device", default=models.default_device(), help="(%(default)s)")
     return parser
@@ -123,12 +132,11 @@ def parse(parser: Parser, argv, folder: str):
             raise UserError(f"{args.erased}: no {name}, so no finished erased model")
     if args.oracle and not (args.oracle / "model_index.json").is_file():
         raise UserError(f"--oracle: {args.oracle} is no diffusers pipeline")
-    if args.threshold is not None and not 0 <= args.threshold < 1:
-        raise UserError(f"--threshold: must be between 0 and 1, not {args.threshold}")
-    for flag in ("judge", "prompts", "where"):
-        if vars(args).get(flag) == "":  # an unset variable of the shell, not a wish for the default
-            raise UserError(f"--{flag}: is empty")
-    args.out_dir = args.out_dir or args.erased / folder
+    if args.threshold == 1:
+        raise UserError("--threshold: must be below 1: nothing scores above it")
+    if not args.out_dir:
+        args.out_dir = args.erased / folder
+        check_link(args.out_dir)
     return args
 
 
@@ -174,8 +182,15 @@ def open_judge(name: str | None, concept: str, model: str, device) -> tuple:
 def read_log(out_dir: Path, about: dict) -> list[dict]:
     """What is there, without what a killed run left of a last line. Raises UserError."""
     log = out_dir / "attacks.jsonl"
-    whole = log.read_text().rpartition("\n")[0] if log.is_file() else ""
-    records = [json.loads(line) for line in whole.splitlines()]
+    check_regular(log)
+    whole = log.read_text(encoding="utf-8").rpartition("\n")[0] if log.is_file() else ""
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        keys = {key for record in records for key in RECORD - record.keys()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--out_dir: {log} is damaged ({first_line(error)})") from None
+    if keys:
+        raise UserError(f"--out_dir: {log} is damaged (a row has no {min(keys)})")
     for record in records:
         for key, value in about.items():
             before = record["about"].get(key)
@@ -187,15 +202,15 @@ def read_log(out_dir: Path, about: dict) -> list[dict]:
 
 def prepare(
     erased: Path, *, out_dir: Path, device: str, budget="quick", seed=0, concept=None, judge=None,
-    num_prompts=None, oracle=None, prompts=None, threshold=None, where=None,
+    num_prompts=None, oracle=None, prompts=None, threshold=None, where=None, kind=None,
 ) -> Setup:  # fmt: skip
     """Reads and checks all that attacks need, and then loads the models. Raises UserError."""
     models.check_device(device)
-    subject = read_subject([erased], None, None, {})
+    subject = read_subject([erased], None, None, {}, kind)
     check_family(subject.model, subject.call, str(erased))
     if oracle:
         check_family(str(oracle), subject.call, "--oracle")
-    check_writable(out_dir)
+    artefacts.check_writable(out_dir)
 
     # the concept's words and rows
     words = read_words(subject)
@@ -205,7 +220,7 @@ def prepare(
         found = f"{concept!r} is not what {erased} erases: {', '.join(words.concepts)}"
         raise UserError(f"--concept: {found}")
     synonyms = words.vocabulary[name]["synonyms"]
-    tests = concept_rows(name, words.folder)
+    tests = concept_rows(name, words)
     tests, dropped = promptfiles.drop_minors(tests, "--concept")
     count = num_prompts or PROMPTS[budget]
     cases = concept_cases(name, tests[:count], synonyms)
@@ -240,11 +255,12 @@ def prepare(
     about_noise = f"{len(cases)} prompts, {SEEDS} noises each"
     print(f"{erased}: {about_noise}; judge {judge_name}{lost}", flush=True)
 
+    claim(out_dir)
     # the base has the erased model's encoders and vocabularies, which take a while for FLUX
-    pairs = concept_rows(name, words.folder, "train")
+    pairs = concept_rows(name, words, "train")
     pairs = [pair | dict(neutral_prompt=pair["neutral_prompt"] or NOTHING) for pair in pairs]
     pipe = models.load_pipeline(subject.model, device)
-    mask = artefacts.load_mask(mask_file, pipe.transformer)
+    mask = artefacts.load_mask(mask_file, pipe)
     attacked = Model(pipe, mask, subject.call, banned, pairs)
     base = copy.copy(attacked)
     base.mask = {}
@@ -273,16 +289,15 @@ def play(setup: Setup, jobs: list[Job]) -> None:
     """All cases that the log does not hold yet, then the report."""
     began = time.time()
     done = {(r["attack"], r["target"], r["case"]) for r in setup.records}
-    setup.out_dir.mkdir(parents=True, exist_ok=True)
     log = setup.out_dir / "attacks.jsonl"
     lines = "".join(json.dumps(record) + "\n" for record in setup.records)
-    write_atomically(log, lambda temporary: temporary.write_text(lines))
+    write_text(log, lines)
     todo = []
     for job in jobs:
         cases = [c for c in job.cases if (job.attack, job.target, c.name) not in done]
         todo.append(job._replace(cases=cases))
-    bar = tqdm(total=sum(len(job.cases) for job in todo), desc="attack")
-    with open(log, "a") as f:
+    total = sum(len(job.cases) for job in todo)
+    with open(log, "a", encoding="utf-8") as f, tqdm(total=total, desc="attack") as bar:
         for job in todo:
             bar.set_postfix_str(f"{job.attack} on {job.target}")
             play_case = None  # what the job before made goes before this makes its own
@@ -430,7 +445,7 @@ def report(setup: Setup, began: float) -> None:
         strings.append(f"* {r['attack']} ({best(r):.2f}): `{shot['clip']}` / `{shot['t5']}`")
     parts = dict(headline=headline, table="\n".join(lines), strings="\n".join(strings))
     page = REPORT.format(**setup.about, **parts)
-    write_atomically(setup.out_dir / "report.md", lambda path: path.write_text(page, "utf-8"))
+    write_text(setup.out_dir / "report.md", page)
     save_preview(setup.out_dir / "attacks.png", sheet(setup))
     print(layout(rows))
     print(headline)

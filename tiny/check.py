@@ -4,7 +4,6 @@ is printed with n.
     python tiny/check.py      # drawing fresh world pictures needs the emoji font
 """
 
-import argparse
 import random
 import sys
 import time
@@ -20,6 +19,7 @@ import world
 import models
 from judges import ClipJudge, wilson
 from pictures import draw
+from safely import Parser, UserError, check_regular, exit_code, number
 
 CALL = models.CALLS["tiny/flux"]
 NAMES = list(world.THINGS)
@@ -148,20 +148,30 @@ def save_grid(pictures: dict, path: Path) -> None:
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.NEAREST).save(path)
 
 
-def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("-n", type=int, default=528, help="pictures per figure (%(default)s)")
-    help = "where the picture grid goes"
-    parser.add_argument("--grid", type=Path, default=HERE / "samples.png", help=help)
-    args = parser.parse_args()
-    if args.n < 32:
-        parser.error(f"-n: must be at least 32, not {args.n}")
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    help = "pictures per figure (%(default)s)"
+    add("-n", type=number(int, 32, 10**5), default=528, help=help)
+    help = "where the picture grid goes, a PNG"
+    add("--grid", type=Path, default=HERE / "samples.png", help=help)
+    args = parser.parse_args(argv)
+    check_regular(args.grid, "--grid")
+    if args.grid.suffix != ".png" or not args.grid.absolute().parent.is_dir():
+        raise UserError(f"--grid: {args.grid} is no PNG, or its folder is not there")
+    return args
+
+
+def run(args) -> None:
     judge = ClipJudge(str(HERE / "judge"))
     check_judge(judge, 4 * args.n)
     pipe = time_pipeline()
     save_grid(check_flow(judge, pipe, args.n), args.grid)
 
 
+def main(argv=None) -> int:
+    return exit_code("tiny/check.py", lambda: run(parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,16 +11,32 @@ paths are nearly straight, as after a reflow.
 Shapes: pictures (B, 3, 64, 64) in [-1, 1]; latents (B, 16, 8, 8); packed latents (B, 16, 64).
 """
 
-import argparse
 import copy
 import itertools
 import json
 import math
 import random
 import shutil
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from safely import (  # first: it keeps transformers quiet
+    UNFINISHED,
+    Parser,
+    UserError,
+    check_link,
+    claim,
+    exit_code,
+    number,
+    remove_leftovers,
+    write_atomically,
+)
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,7 +71,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-HERE = Path(__file__).parent
+from models import check_device
 
 
 def tensor(pictures) -> torch.Tensor:
@@ -129,9 +145,31 @@ class Optimizers:
 
 
 # -------------------------------------------------------------------------------------- checkpoints
+SAVE_EVERY = 100  # steps
+
+
 def save_state(path: Path, **state) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)  # a killed run leaves either the old or the new one
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def save_whole(model, folder: Path, **how) -> None:
+    """save_pretrained, but a kill leaves each file whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder.parent) as home:
+        model.save_pretrained(home, **how)
+        for file in [path for path in Path(home).rglob("*") if path.is_file()]:
+            target = folder / file.relative_to(home)
+            for path in (folder, target.parent):
+                check_link(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, file.rename)
+
+
+def at_rest(tokenizer):
+    """Without the padding and truncation of its last call, which would be saved along."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
 def save_progress(path: Path, step: int, optimizers: Optimizers, **weights) -> None:
@@ -152,7 +190,7 @@ def load_progress(path: Path, device, optimizers: Optimizers, load_weights) -> i
 
 
 def progress(name: str, start: int, steps: int):
-    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name)
 
 
 # ---------------------------------------------------------------------------------------------- vae
@@ -224,8 +262,8 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
         loss.backward()
         optimizers.step()
         deviation = posterior.mean.std().item()
-        bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, vae=vae.state_dict())
 
     # latents are shifted and scaled to mean 0, variance 1, as FLUX's are
@@ -237,11 +275,11 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
         shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4)
     )
     vae.register_to_config(**scale)
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(out / "flux/vae")
+    save_whole(vae.to(memory_format=torch.contiguous_format), out / "flux/vae")
 
 
 def load_vae(out: Path) -> AutoencoderKL:
-    vae = AutoencoderKL.from_pretrained(out / "flux/vae")
+    vae = AutoencoderKL.from_pretrained(out / "flux/vae", use_safetensors=True)
     vae.register_to_config(_name_or_path="")  # no path of this machine in the saved configuration
     return vae
 
@@ -272,10 +310,10 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
         loss.backward()
         optimizers.step()
         average += (loss.item() - average) / min(step - start + 1, 50)
-        bar.set_postfix(l1=f"{average:.4f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        bar.set_postfix(l1=f"{average:.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, decoder=decoder.state_dict())
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(out / "flux/vae")
+    save_whole(vae.to(memory_format=torch.contiguous_format), out / "flux/vae")
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -289,7 +327,7 @@ def text_corpus() -> list[str]:
     rng = random.Random("tokenizers")
     corpus = [world.caption(world.sample_scene(rng), rng) for _ in range(20000)]
     for file in sorted(HERE.parent.glob("prompts/[!t]*.csv")):
-        corpus += file.read_text().splitlines()
+        corpus += file.read_text(encoding="utf-8").splitlines()
     return corpus
 
 
@@ -341,16 +379,15 @@ def make_clip_tokenizer(corpus: list[str], alphabet: list[str]) -> CLIPTokenizer
 def make_tokenizers(folder: Path, work: Path) -> tuple[CLIPTokenizer, PreTrainedTokenizerFast]:
     """Byte-level BPE for both encoders: no string has an unknown token. Those of `folder`, if it
     has some; new ones go to the work folder."""
-    if (folder / "tokenizer").exists():
-        clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        return clip, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
-    corpus = text_corpus()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    t5 = make_t5_tokenizer(corpus, alphabet)
-    clip = make_clip_tokenizer(corpus, alphabet)
-    clip.save_pretrained(work / "tokenizer")
-    t5.save_pretrained(work / "tokenizer_2")
-    return clip, t5
+    if not (folder / "tokenizer").exists():
+        corpus = text_corpus()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        save_whole(make_t5_tokenizer(corpus, alphabet), work / "tokenizer_2")
+        # the last, and as a whole: where it is, both are
+        write_atomically(work / "tokenizer", make_clip_tokenizer(corpus, alphabet).save_pretrained)
+        folder = work
+    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return clip, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
 
 
 # -------------------------------------------------------------------------------------------- judge
@@ -410,7 +447,7 @@ def damage(x: torch.Tensor, vae, rng: random.Random) -> None:
 def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -> None:
     """SigLIP's sigmoid loss, every picture against every text; trained on drawn pictures only,
     never on generated ones. init: a folder with a judge/ to begin with, or None."""
-    vae = AutoencoderKL.from_pretrained(out / "flux/vae").to(device)
+    vae = AutoencoderKL.from_pretrained(out / "flux/vae", use_safetensors=True).to(device)
     judge = make_judge(len(tokenizer)).to(device)
     named = judge.named_parameters()
     optimizers = Optimizers(named, is_judge_matrix, (2e-3, 2e-3), 0.95, (0.9, 0.98))
@@ -418,7 +455,8 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
     meanings = list(texts.values())
     file = work / "judge.pt"
     if init:
-        judge.load_state_dict(SiglipModel.from_pretrained(init / "judge").state_dict())
+        earlier = SiglipModel.from_pretrained(init / "judge", use_safetensors=True)
+        judge.load_state_dict(earlier.state_dict())
     start = load_progress(
         file, device, optimizers, lambda state: judge.load_state_dict(state["judge"])
     )
@@ -444,13 +482,13 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
         optimizers.step()
         if step % 20 == 0:
             recall = (logits > 0)[labels > 0].float().mean().item()
-            bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+            bar.set_postfix(loss=f"{loss.item():.3f}", recall=f"{recall:.3f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(file, step + 1, optimizers, judge=judge.state_dict())
-    judge.save_pretrained(out / "judge")
+    save_whole(judge, out / "judge")
     tokenizer.model_max_length = JUDGE_LENGTH
     pictures = SiglipImageProcessor(size=dict(height=world.SIZE, width=world.SIZE))
-    SiglipProcessor(pictures, tokenizer).save_pretrained(out / "judge")
+    save_whole(SiglipProcessor(pictures, at_rest(tokenizer)), out / "judge")
 
 
 # --------------------------------------------------------------------------------------------- flow
@@ -577,7 +615,7 @@ def encode_world(vae, work: Path, device, count: int, without) -> tuple[list, to
         packed = torch.load(file, weights_only=True)["latents"]
         if len(packed) != len(scenes):
             found = f"{file} holds {len(packed)} pictures, --pictures asks for {len(scenes)}"
-            raise SystemExit(f"{found}: delete it to encode anew")
+            raise UserError(f"{found}: delete it to encode anew")
         return scenes, packed
     latents = []
     for i in tqdm(range(0, len(scenes), 64), desc="encode pictures"):
@@ -613,7 +651,8 @@ PARTS = ("transformer", "text_encoder", "text_encoder_2")
 def load_flow(folder: Path, pipe) -> None:
     for part in PARTS:
         module = getattr(pipe, part)
-        module.load_state_dict(type(module).from_pretrained(folder / part).state_dict())
+        earlier = type(module).from_pretrained(folder / part, use_safetensors=True)
+        module.load_state_dict(earlier.state_dict())
 
 
 def train_flow(
@@ -686,24 +725,26 @@ def train_flow(
             twin.grad = None
         optimizers.step()
         if not math.isfinite(loss.item()):
-            raise SystemExit(f"flow loss is {loss.item()} at step {step}")
+            raise RuntimeError(f"flow loss is {loss.item()} at step {step}")
         share = 0.02 if step > start + 50 else 1 / (step - start + 1)
         average += (loss.item() - average) * share
-        bar.set_postfix(loss=f"{average:.4f}")
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_progress(
                 file, step + 1, optimizers, modules=[module.state_dict() for module in modules]
             )
-            pipe.save_pretrained(out / "flux", max_shard_size="15MB")
+    for tokenizer in tokenizers:
+        at_rest(tokenizer)
+    save_whole(pipe, out / "flux", max_shard_size="15MB")
 
 
 # --------------------------------------------------------------------------------------------- main
 STAGES = ("vae", "decoder", "judge", "flow")
 
 
-def parse_args():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    count, rate = number(int, 1), number(float, 0, 1)
     add = parser.add_argument
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     help = "flux/ and judge/ go here  (default: tiny/, with --without its work folder)"
@@ -716,22 +757,29 @@ def parse_args():
         "CUDA, or a CPU with AVX512-BF16; elsewhere float32)"
     )
     add("--dtype", choices=("float32", "bfloat16"), help=help)
-    add("--vae_steps", type=int, default=3000)
-    add("--decoder_steps", type=int, default=2000)
-    add("--judge_steps", type=int, default=3600)
-    add("--flow_steps", type=int, default=10000)
-    add("--pictures", type=int, default=80000, help="pictures drawn and encoded for the flow")
-    add("--muon_lr", type=float, default=3e-3)
-    add("--adam_lr", type=float, default=2e-3)
+    add("--vae_steps", type=count, default=3000)
+    add("--decoder_steps", type=count, default=2000)
+    add("--judge_steps", type=count, default=3600)
+    add("--flow_steps", type=count, default=10000)
+    add("--pictures", type=count, default=80000, help="pictures drawn and encoded for the flow")
+    add("--muon_lr", type=rate, default=3e-3)
+    add("--adam_lr", type=rate, default=2e-3)
     help = "begin with this folder's judge/ and flux/, e.g. tiny, and train both further"
     add("--init", type=Path, help=help)
     help = "leave these out of the flow's world, synonyms too"
     add("--without", nargs="*", default=(), metavar="CONCEPT", help=help)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.without) - set(world.THINGS) - set(world.STYLES)
     if unknown:
         names = ", ".join(sorted(unknown))
-        parser.error(f"--without: no such thing or style in the world: {names}")
+        raise UserError(f"--without: no such thing or style in the world: {names}")
+    if args.init and not (args.init / "flux").is_dir():
+        raise UserError(f"--init: no folder {args.init / 'flux'}")
+    for flag in ("out", "work"):
+        path = vars(args)[flag]
+        if path and path.exists() and not path.is_dir():
+            raise UserError(f"--{flag}: {path} is a file")
+    check_device(args.device)
     is_cpu = torch.device(args.device).type == "cpu"
     bf16 = not is_cpu or torch.cpu.get_capabilities().get("avx512_bf16", False)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if bf16 else "float32"))
@@ -745,13 +793,15 @@ def parse_args():
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def run(args) -> None:
+    for folder in (args.work, args.out):
+        claim(folder)
+    for folder in (*args.out.glob("flux/**"), args.out / "judge"):
+        remove_leftovers(folder)
     source = (args.init or HERE) / "flux"
     goes_on = args.init or args.without  # with the autoencoder and the tokens of source
     if goes_on and (source / "vae").resolve() != (args.out / "flux/vae").resolve():
         shutil.copytree(source / "vae", args.out / "flux/vae", dirs_exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
     where = dict(out=args.out, work=args.work, device=args.device)
     for stage in args.stages:
         start = time.time()
@@ -772,5 +822,9 @@ def main() -> None:
         print(f"{stage}: {(time.time() - start) / 60:.1f} min", flush=True)
 
 
+def main(argv=None) -> int:
+    return exit_code("tiny/train.py", lambda: run(parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

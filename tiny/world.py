@@ -340,7 +340,7 @@ def retain_rows(count: int = 600) -> list[tuple]:
 
 
 def write_table(file: Path, header: tuple, rows) -> None:
-    with open(file, "w", newline="") as f:
+    with open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -367,6 +367,11 @@ def write_prompts(folder: Path) -> None:
     write_rows(folder / "retain.csv", ("prompt",), retain_rows(), 400)
     templates = [(prompt.replace(article("gun"), "{x}"),) for prompt, _ in concept_rows("gun")]
     write_rows(folder / "templates.csv", ("prompt",), templates, 24)
+    styled = []
+    for prompt, neutral_prompt in concept_rows("sketch", test=526):
+        if prompt.endswith("in sketch style"):  # there no article depends on the name
+            styled.append((prompt.replace("sketch", "{x}"), neutral_prompt))
+    write_rows(folder / "templates_style.csv", ("prompt", "neutral_prompt"), styled, 24)
 
     words = []
     for name in THINGS:
