@@ -1,5 +1,6 @@
 """What an erased folder holds: written whole, and refused where it is not what it should be."""
 
+import copy
 import hashlib
 import json
 import os
@@ -8,12 +9,14 @@ import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import heal
 import models
 import promptfiles
 from safely import (
@@ -125,14 +128,52 @@ def load_mask(path: Path, pipe) -> dict:
     return {site: gate.float() for site, gate in mask.items()}
 
 
+class Erasure(NamedTuple):
+    """What is done to a base."""
+
+    mask: dict = {}  # {site: (U,) of 0 and 1}
+    modules: list = []  # which parts have gates
+    lora: dict = {}  # {layer: (A, B)}, what mends the open weights
+
+
+def load_erasure(folder: Path, pipe) -> Erasure:
+    """Of an erased folder, for a pipeline of its base. Raises UserError, never gives an
+    empty one instead."""
+    config = erased_config(folder)
+    mask = load_mask(folder / "mask.safetensors", pipe)
+    with safe_open(folder / "mask.safetensors", "pt") as f:
+        modules = json.loads(f.metadata()["mask"])["modules"]
+    file = folder / "heal.safetensors"
+    if not config.get("heal"):
+        if file.exists():
+            raise UserError(f"{file}: is not of this run, whose config.json has no heal")
+        return Erasure(mask, modules)
+    return Erasure(mask, modules, heal.load(file, pipe.transformer, fingerprints(pipe), mask))
+
+
+def apply(transformer, erasure: Erasure) -> None:
+    """In place. The mask is folded last, so that closed neurons' weights are 0 on both sides."""
+    heal.merge(transformer, erasure.lora)
+    fold(transformer, erasure.mask)
+
+
+def erased_copy(pipe, erasure: Erasure):
+    """The pipeline with a transformer of its own, erased."""
+    other = copy.copy(pipe)
+    other.transformer = copy.deepcopy(pipe.transformer)
+    apply(other.transformer, erasure)
+    return other
+
+
 def load_erased(folder, device=None, dtype=None):
-    """A stock pipeline with the mask folded in. Raises UserError, never gives the base instead."""
+    """A stock pipeline with the mask folded in, and mended as its run mended it. Raises UserError,
+    never gives the base instead."""
     folder = Path(folder)
     for name in ("config.json", "mask.safetensors"):  # the mask is written last
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}, so no finished erased model")
     pipe = models.load_pipeline(models.recorded(erased_config(folder)), device, dtype)
-    fold(pipe.transformer, load_mask(folder / "mask.safetensors", pipe))
+    apply(pipe.transformer, load_erasure(folder, pipe))
     return pipe
 
 
@@ -150,65 +191,75 @@ def base_of(model: str | None, device: str) -> tuple[str, str | None]:
 
 
 def load_base(model: str, on: str | None, dtype) -> tuple:
-    """(the pipeline on the CPU, with what `on` closed folded in; the base weights' fingerprints;
-    (that mask, its modules), or ({}, []) without such a folder). Raises UserError."""
+    """(the pipeline on the CPU, with what was done to `on` applied; the base weights' fingerprints;
+    that erasure, an empty one without such a folder). Raises UserError."""
     pipe = models.load_pipeline(model, "cpu", dtype)
     base = fingerprints(pipe)
-    if not on:
-        return pipe, base, ({}, [])
-    path = Path(models.local_name(on)) / "mask.safetensors"
-    mask = load_mask(path, pipe)
-    fold(pipe.transformer, mask)
-    with safe_open(path, "pt") as f:
-        modules = json.loads(f.metadata()["mask"])["modules"]
-    return pipe, base, (mask, modules)
+    earlier = load_erasure(Path(models.local_name(on)), pipe) if on else Erasure()
+    apply(pipe.transformer, earlier)
+    return pipe, base, earlier
 
 
-def joined(mask: dict, modules: list, earlier: tuple) -> tuple[dict, list]:
-    """The mask and its modules with those of an earlier run: what either closes is closed."""
-    earlier_mask, earlier_modules = earlier
-    both = dict(earlier_mask)
-    for site, gate in mask.items():
-        both[site] = gate * earlier_mask.get(site, 1)
-    return both, list(dict.fromkeys([*modules, *earlier_modules]))
+def joined(*erasures: Erasure) -> Erasure:
+    """What any of them closes is closed; their LoRAs add up."""
+    masks, modules, loras = zip(*erasures, strict=True)
+    both = {}
+    for mask in masks:
+        both |= {site: gate * both.get(site, 1) for site, gate in mask.items()}
+    modules = list(dict.fromkeys(sum(map(list, modules), [])))
+    return Erasure(both, modules, heal.joined(*loras))
 
 
-def folded(model: str, kind: type, mask: dict):
-    """The model's stored transformer with the mask folded in, in the dtype it is stored in."""
+def erased_transformer(model: str, kind: type, erasure: Erasure):
+    """The model's stored transformer, erased, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
-    fold(transformer, mask)
+    apply(transformer, erasure)
     return transformer
 
 
-def save_folded(model: str, kind: type, mask: dict, folder: Path) -> None:
-    transformer = folded(model, kind, mask)
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-    write_atomically(folder, transformer.save_pretrained)
+def save(out_dir: Path, form: str, model: str, kind: type, base: dict, erasure: Erasure) -> None:
+    """What --save says, then what mends, and last the mask: a folder with it is finished."""
+    save_as(form, model, kind, erasure, out_dir)
+    mask, modules, lora = erasure
+    if lora:
+        heal.save(out_dir / "heal.safetensors", lora, base, mask)
+    save_mask(out_dir / "mask.safetensors", mask, base, modules)
 
 
-def save_as(form: str, model: str, kind: type, mask: dict, out_dir: Path) -> None:
+def save_as(form: str, model: str, kind: type, erasure: Erasure, out_dir: Path) -> None:
     """What --save says. A single file has diffusers' names, which ComfyUI's "Load Diffusion Model"
     takes for FLUX.1, SD3, AuraFlow and Z-Image by its source; it was not loaded there."""
+    if form == "mask":
+        return
+    transformer = erased_transformer(model, kind, erasure)
     if form == "single":
-        state = folded(model, kind, mask).state_dict()
         path = out_dir / "transformer.safetensors"
+        state = transformer.state_dict()
         write_atomically(path, lambda temporary: save_file(state, temporary, dict(format="pt")))
-    if form in ("full", "pipeline"):
-        save_folded(model, kind, mask, out_dir / "transformer")
+        return
+    folder = out_dir / "transformer"
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+    write_atomically(folder, transformer.save_pretrained)
     if form == "pipeline":
         base = models.folder_of(model)
-        copy = dict(ignore=shutil.ignore_patterns("*.bin"), copy_function=shutil.copyfile)
+        how = dict(ignore=shutil.ignore_patterns("*.bin"), copy_function=shutil.copyfile)
         for part in kind.load_config(base):
             if part != "transformer" and (base / part).is_dir():
-                shutil.copytree(base / part, out_dir / part, dirs_exist_ok=True, **copy)
+                shutil.copytree(base / part, out_dir / part, dirs_exist_ok=True, **how)
         shutil.copyfile(base / "model_index.json", out_dir / "model_index.json")
 
 
-def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, dict]:
-    """(the step to go on from, train's state); (0, {}) where none was written yet. Raises UserError
-    unless the file is that of a run with so many gates, cases and steps."""
-    sizes = dict(latest=cases, logits=gates, step=1, exp_avg=gates, exp_avg_sq=gates)
-    path = folder / "state.safetensors"
+STATES = dict(logits="state.safetensors", lora="heal_state.safetensors")  # by what is learnt
+
+
+def read_state(
+    folder: Path, learnt: str, size: int, cases: int, steps: int, after: int = 0
+) -> tuple[int, dict]:
+    """(the step to go on from, the state of erase.train or, learnt `after` so many steps of it, of
+    heal.tune); (0, {}) where none was written yet. Raises UserError unless the file is that of a
+    run with so many numbers to learn, cases and steps."""
+    sizes = {"latest": cases, learnt: size, "step": 1, "exp_avg": size, "exp_avg_sq": size}
+    path = folder / STATES[learnt]
     if not path.exists():
         return 0, {}
     check_regular(path, "--resume")
@@ -223,9 +274,10 @@ def read_state(folder: Path, gates: int, cases: int, steps: int) -> tuple[int, d
     if any(tensor.isnan().any() for tensor in state.values()):
         raise UserError(f"--resume: {path} is damaged (it holds NaN)")
     if not 0 <= step <= steps:
-        raise UserError(f"--resume: {path} is of step {step}, --steps is {steps}")
-    rows = len(read_metrics(folder, step))
-    if rows < step:
+        flag = "--heal_steps" if after else "--steps"
+        raise UserError(f"--resume: {path} is of step {step}, {flag} is {steps}")
+    rows = len(read_metrics(folder, after + step))
+    if rows < after + step:
         raise UserError(f"--resume: metrics.jsonl has {rows} rows, {path} is of step {step}")
     return step, state
 
@@ -244,19 +296,23 @@ def read_metrics(folder: Path, rows: int | None = None) -> list[dict]:
 
 def open_folder(folder: Path, config: dict, step: int):
     """Begins a run, or goes on with one from `step`: metrics of later steps are dropped. Returns a
-    function for train's on_step: a line of metrics.jsonl a step, the state now and then."""
+    function for on_step of train, and of tune, whose steps count on from there: a line of
+    metrics.jsonl a step, the state now and then."""
     write_json(folder / "config.json", config)
     kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder, step))
     write_text(folder / "metrics.jsonl", kept)
     log = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def on_step(metrics: dict, state: dict) -> None:
-        log.write(json.dumps(metrics) + "\n")
+        learnt, before, steps = "logits", 0, config["steps"]
+        if "lora" in state:
+            learnt, before, steps = "lora", config["steps"], config["heal_steps"]
+        log.write(json.dumps(metrics | dict(step=before + metrics["step"])) + "\n")
         log.flush()
         done = metrics["step"] + 1
-        if done % config["save_every"] == 0 or done == config["steps"]:
+        if done % config["save_every"] == 0 or done == steps:
             about = dict(step=str(done))
-            path = folder / "state.safetensors"
+            path = folder / STATES[learnt]
             write_atomically(path, lambda temporary: save_file(state, temporary, about))
 
     return on_step
@@ -288,6 +344,7 @@ def run_config(flags: dict, call: dict) -> dict:
         before = read_config(folder)
         config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
         config["kind"] = flags["kind"] or before.get("kind")
+        config["heal"] = max(flags["heal"], before.get("heal", 0))
         config["on_mask"] = hashlib.sha256((folder / "mask.safetensors").read_bytes()).hexdigest()
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
@@ -327,6 +384,8 @@ def erased_config(folder: Path) -> dict:
     for name in modules:
         if name not in MODULES:
             raise UserError(f"{where} modules: {name!r} is none of {', '.join(MODULES)}")
+    if config.get("heal", 0) not in (0, 1):
+        raise UserError(f"{where} heal is {config['heal']!r}, not 0 or 1")
     if not isinstance(model, str) or not model.strip() or not model.isprintable():
         raise UserError(f"{where} model is {model!r}")
     models.check_call(config.get("call"), f"{where} call")

@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import erase
-from artefacts import erased_config, fingerprints, load_mask, read_config, read_json, write_json
+from artefacts import (
+    erased_config,
+    erased_copy,
+    fingerprints,
+    load_erasure,
+    read_config,
+    read_json,
+    write_json,
+)
 from cases import Case
 from pictures import check_picture, draw
 from safely import UserError, check_link, first_line, remove_leftovers, write_atomically
@@ -59,9 +67,12 @@ def make_column(path: Path, out_dir: Path, base) -> Column:
     folder of pictures. base: the base's pipeline. Raises UserError."""
     home = out_dir / re.sub(r"\W+", "_", str(path)).strip("_")
     if erased_config(path):
-        file = path / "mask.safetensors"
-        mask = load_mask(file, base)
-        return Column(str(path), home, lambda: base, mask, digest(file))
+        erasure = load_erasure(path, base)
+        weights = digest(path / "mask.safetensors")
+        if not erasure.lora:
+            return Column(str(path), home, lambda: base, erasure.mask, weights)
+        weights += " " + digest(path / "heal.safetensors")
+        return Column(str(path), home, lambda: erased_copy(base, erasure), erasure.mask, weights)
     kind = type(base.transformer).__name__
     folders = [path, path / "transformer"]
     folders = [folder for folder in folders if read_config(folder).get("_class_name") == kind]

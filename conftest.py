@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # the models are small: a second thread costs more tha
 # Four steps, at rates that close some gates by then.
 QUICK = ["--model", "tiny/flux", "--concept", "gun", "--steps", "4", "--batch", "2"]
 QUICK += ["--retain_batch", "2", "--save_every", "1", "--lr_ffn", "3", "--lr_norm", "3"]
-QUICK += ["--harm", "0.001"]
+QUICK += ["--harm", "0.001", "--heal", "0"]
 # On CPUs `accelerate launch` starts one process only.
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # In the kit's folder, on one thread a process: the same bits each time.

@@ -35,32 +35,17 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import artefacts
+import heal
 import lowmem
 import pictures
 import promptfiles
 import recompute
 from artefacts import load_erased, load_mask  # noqa: F401 (for who imports this file)
+from flags import DEFAULTS, HEALING, LEARNING, PRESETS, parse_args
 from models import remember_prompts
-from safely import Parser, UserError, exit_code, number
+from refit import refit
+from safely import UserError, exit_code
 from sites import MODULES, TOKENS_FIRST, absent, fold, gate_sites, shaped  # noqa: F401
-
-# Flags by preset: the paper's table 6, and what measured best on tiny/flux; then kind and help.
-PRESETS = dict(paper="paper (--preset tiny keeps far more other things: RESULTS.md)", tiny="tiny")
-POSITIVE, COUNT, SHARE = number(float, 0), number(int, 1), number(float, 0, 1)
-DEFAULTS = dict(
-    gate=("hard_concrete", "straight_through", str, "relaxation of the gates"),
-    lr_ffn=(0.5, 0.25, POSITIVE, "learning rate of all gates but norm's"),
-    lr_norm=(0.5, 0.25, POSITIVE, "learning rate of the norm gates"),
-    lr_decay=(0, 1, number(int, 0, 1), "1: the learning rates fall linearly to 0"),
-    weight_decay=(0.01, 0.0, SHARE, "AdamW's, on the logits"),
-    adam_eps=(1e-8, 1e-4, POSITIVE, "AdamW's: gates with gradients far below it stay"),
-    beta=(0.01, 3.0, POSITIVE, "weight of preserve_loss"),
-    batch=(4, 4, COUNT, "concept prompts a step"),
-    retain_batch=(4, 8, COUNT, "retain prompts a step"),
-    hard=(0.0, 0.75, SHARE, "share of a step's prompts drawn by their latest error"),
-    max_closed=(1.0, 0.05, SHARE, "share of the gates that may close"),
-    harm=(0.0, 1.0, POSITIVE, "initial weight, times beta, of what closing each gate alone does"),
-)
 
 # Logits before training. There every relaxation is exactly 1, but for hard_concrete's noise.
 START = dict(sigmoid=4.0, hard_concrete=3.0, straight_through=3.0)
@@ -174,10 +159,13 @@ def squared_error(final, target) -> torch.Tensor:
     return (final.float() - target.float()).square().flatten(1).mean(1)
 
 
-def case_errors(pipe, cases, seeds, gates, weights, *, call, micro_batch=16, checkpoint="step"):
-    """(N,) squared errors on N cases (prompt, base prompt): the gated model's final latents for the
-    one against the base's for the other, from the same noise. Unless under no_grad, the gradient of
-    their sum, weighted by weights (N,), is added to the gates'. call: the sampler's arguments."""
+def case_errors(
+    pipe, cases, seeds, gates, weights, lora=None, *, call, micro_batch=16, checkpoint="step"
+):
+    """(N,) squared errors on N cases (prompt, base prompt): the final latents of the model with
+    these gates and, if any, this LoRA for the one, against the base's for the other, from the same
+    noise. Unless under no_grad, the gradient of their sum, weighted by weights (N,), is added to
+    that of the gates or the LoRA. call: the sampler's arguments."""
     errors = []
     for start in range(0, len(cases), micro_batch):
         part = slice(start, start + micro_batch)
@@ -188,7 +176,7 @@ def case_errors(pipe, cases, seeds, gates, weights, *, call, micro_batch=16, che
         def loss(final):
             return (weights[part].to(final.device) * squared_error(final, target)).sum()
 
-        with gated(pipe.transformer, gates):
+        with gated(pipe.transformer, gates), heal.adapted(pipe.transformer, lora or {}):
             if torch.is_grad_enabled():
                 _, final = rollout_backward(pipe, prompts, seeds[part], loss, checkpoint, **call)
             else:
@@ -244,6 +232,43 @@ def choose(rng, indices: range, size: int, hard: float, latest) -> list[int]:
     return rng.choices(indices, weights, k=count) + rng.choices(indices, k=size - count)
 
 
+def learner(
+    pipe, pairs, retain, *, call, beta, batch, retain_batch, hard, micro_batch=16, checkpoint="step"
+):
+    """(learn, latest): a function that adds one step's gradient and returns its losses, and each
+    case's error when it was last seen, (N,), infinite before. Raises RuntimeError if not finite."""
+    cases = [*pairs, *zip(retain, retain, strict=True)]  # (prompt, what the base draws for it)
+    latest = torch.full((len(cases),), math.inf)
+    weights = torch.tensor([1 / batch] * batch + [beta / retain_batch] * retain_batch)
+    rank, count = processes()
+    mine = slice(rank, None, count)  # each process has its share of a step's pictures
+
+    def learn(name: str, leaf, gates, lora=None) -> dict:
+        """`name` decides which prompts from which noise; the gradient comes to `leaf`, of which the
+        gates or the LoRA are made."""
+        rng = random.Random(name)
+        chosen = choose(rng, range(len(pairs)), batch, hard, latest)
+        chosen += choose(rng, range(len(pairs), len(cases)), retain_batch, hard, latest)
+        seeds = [TRAIN_NOISE + rng.randrange(2**20) for _ in chosen]
+        part = [cases[i] for i in chosen][mine]
+        how = dict(call=call, micro_batch=micro_batch, checkpoint=checkpoint)
+        errors = torch.zeros(len(chosen), device=leaf.device)
+        errors[mine] = case_errors(pipe, part, seeds[mine], gates, weights[mine], lora, **how)
+        if count > 1:
+            dist.all_reduce(errors)
+            dist.all_reduce(leaf.grad)
+        latest[chosen] = errors.cpu()
+        erase_loss = errors[:batch].mean().item()
+        preserve_loss = errors[batch:].mean().item()
+        loss = erase_loss + beta * preserve_loss
+        if not (math.isfinite(loss) and leaf.grad.isfinite().all()):
+            advice = "or a gradient is not finite; try a smaller learning rate"
+            raise RuntimeError(f"step {name.split()[-1]}: the loss is {loss} {advice}")
+        return dict(erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss)
+
+    return learn, latest
+
+
 def train(
     pipe, pairs, retain, *, call, modules, steps, gate, lr_ffn, lr_norm, lr_decay, weight_decay,
     adam_eps, beta, batch, retain_batch, hard, max_closed, harm, harm_draws=960, micro_batch=16,
@@ -255,7 +280,6 @@ def train(
     DEFAULTS and the flags. After each step on_step(metrics, state) is called, with a dict of floats
     and one of tensors; first_step and state go on from there. Raises RuntimeError if not finite.
     """
-    rank, count = processes()
     sites = gate_sites(pipe.transformer, modules)
     norm = gate_sites(pipe.transformer, ("norm",))
     units = torch.tensor([site.units for site in sites.values()])
@@ -263,52 +287,30 @@ def train(
     rates = rates.repeat_interleave(units)
     logits = torch.full_like(rates, START[gate], requires_grad=True)
     optimizer = torch.optim.AdamW([logits], lr=1.0, weight_decay=weight_decay, eps=adam_eps)
-    cases = [*pairs, *zip(retain, retain, strict=True)]  # (prompt, what the base draws for it)
-    latest = torch.full((len(cases),), math.inf)  # each case's error when it was last seen
+    how = dict(call=call, micro_batch=micro_batch, checkpoint=checkpoint)
+    drawn = dict(beta=beta, batch=batch, retain_batch=retain_batch, hard=hard)
+    learn, latest = learner(pipe, pairs, retain, **drawn, **how)
     if state:
         latest.copy_(state["latest"])
         logits.data.copy_(state["logits"])
         optimizer.state[logits] = {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
     threshold = closing_threshold(logits, max_closed)
-    how = dict(call=call, micro_batch=micro_batch, checkpoint=checkpoint)
     harms = torch.zeros_like(rates)
     if harm and first_step < steps:
         draws = min(harm_draws, steps * retain_batch)  # no longer than the training itself
         found = harm_of_closing(pipe, retain, sites, draws=draws, seed=seed, **how)
         harms = torch.cat(list(found.values()))
-    weights = torch.tensor([1 / batch] * batch + [beta / retain_batch] * retain_batch)
 
-    bar = tqdm(range(first_step, steps), "erase", steps, initial=first_step, disable=rank > 0)
+    is_quiet = processes()[0] > 0
+    bar = tqdm(range(first_step, steps), "erase", steps, initial=first_step, disable=is_quiet)
     for step in bar:
         began = time.time()
-        # which prompts from which noise; random numbers are functions of the seed and the step
-        rng = random.Random(f"{seed} {step}")
-        chosen = choose(rng, range(len(pairs)), batch, hard, latest)
-        chosen += choose(rng, range(len(pairs), len(cases)), retain_batch, hard, latest)
-        seeds = [TRAIN_NOISE + rng.randrange(2**20) for _ in chosen]
-
         # gates from logits, with one draw of noise for all pictures of the step
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         uniform = torch.rand(len(logits), generator=generator).clamp(1e-6, 1 - 1e-6)
         relaxed = relax(logits, gate, threshold, uniform)
         gates = relaxed.detach().to(pipe._execution_device).requires_grad_()
-        by_site = split(gates, sites)
-
-        # errors, and the loss's gradient in the gates; each process has its share of the pictures
-        mine = slice(rank, None, count)
-        part = [cases[i] for i in chosen][mine]
-        errors = torch.zeros(len(chosen), device=gates.device)
-        errors[mine] = case_errors(pipe, part, seeds[mine], by_site, weights[mine], **how)
-        if count > 1:
-            dist.all_reduce(errors)
-            dist.all_reduce(gates.grad)
-        errors = errors.cpu()
-        erase_loss = errors[:batch].mean().item()
-        preserve_loss = errors[batch:].mean().item()
-        loss = erase_loss + beta * preserve_loss
-        if not (math.isfinite(loss) and gates.grad.isfinite().all()):
-            advice = "or a gradient is not finite; try a smaller --lr_ffn and --lr_norm"
-            raise RuntimeError(f"step {step}: the loss is {loss} {advice}")
+        losses = learn(f"{seed} {step}", gates, split(gates, sites))
 
         # on to the logits; harm, which the logged loss leaves out, fades until 70 % of the steps
         foresight = beta * harm * max(0.0, 1 - step / (0.7 * steps))
@@ -319,45 +321,16 @@ def train(
         logits.data.copy_(before.lerp(logits.data, rates * (1 - lr_decay * step / steps)))
         if gate == "sigmoid":  # flat above its start, where a logit would stay for ever
             logits.data.clamp_(max=START[gate])
-        latest[chosen] = errors
         threshold = closing_threshold(logits, max_closed)
 
         closed = (logits <= threshold).float().mean().item()
-        metrics = dict(step=step, erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss)
-        metrics |= dict(closed=closed, sec_per_step=round(time.time() - began, 3))
-        bar.set_postfix_str(f"erase {erase_loss:.4f}, preserve {preserve_loss:.4f}, {closed:.1%}")
+        seconds = round(time.time() - began, 3)
+        metrics = dict(step=step) | losses | dict(closed=closed, sec_per_step=seconds)
+        text = "erase {erase_loss:.4f}, preserve {preserve_loss:.4f}, {closed:.1%}"
+        bar.set_postfix_str(text.format(**metrics))
         if on_step:
             on_step(metrics, dict(latest=latest, logits=logits.detach(), **optimizer.state[logits]))
     return split((logits.detach() > threshold).float(), sites)
-
-
-def parse_args(argv=None):
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    promptfiles.add_flags(parser)
-    models.add_flags(parser)
-    add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
-    add("--steps", type=COUNT, default=400, help="optimiser steps (%(default)s)")
-    for name, (paper, tiny, kind, text) in DEFAULTS.items():
-        help = f"{text} (paper: {paper}, tiny: {tiny})"
-        add(f"--{name}", type=kind, choices=tuple(START) if name == "gate" else None, help=help)
-    add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="(ffn norm)")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
-    lowmem.add_flags(parser)
-    artefacts.add_flags(parser)
-    add("--dry_run", action="store_true", help="print the configuration and the plan, and stop")
-    args = parser.parse_args(argv)
-
-    args.device = args.device or models.default_device()
-    args.model, args.on = artefacts.base_of(args.model, args.device)
-    is_tiny = models.is_embedded(args.model)
-    args.preset = args.preset or ("tiny" if is_tiny else "paper")
-    for name, columns in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, columns[list(PRESETS).index(args.preset)])
-    args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
-    args.out_dir = args.out_dir or artefacts.default_folder(args.concept)
-    return args
 
 
 def run(args) -> None:
@@ -380,7 +353,12 @@ def run(args) -> None:
     args.model = artefacts.pinned_model(args.model, args.out_dir, args.resume)
     kind, meta, others, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
     sites = gate_sites(meta, args.modules)
-    chosen, plan = lowmem.plan(meta, others, kind, sites, call, args.device, **flags(lowmem.FLAGS))
+    learnt = {}
+    if args.heal:
+        size = heal.size_of(meta, args.heal_rank)
+        learnt = dict(lora=heal.open_layers(meta), lora_size=size)
+    what = meta, others, kind, sites, call
+    chosen, plan = lowmem.plan(*what, args.device, **flags(lowmem.FLAGS), **learnt)
     vars(args).update(chosen)
     config = artefacts.run_config(vars(args), call)
     total = sum(site.units for site in sites.values())
@@ -395,12 +373,17 @@ def run(args) -> None:
         return
     artefacts.check_folder(args.out_dir, config, args.resume, meta, others)
     cases = len(rows.pairs) + len(rows.retain)
-    first_step, state = artefacts.read_state(args.out_dir, total, cases, args.steps)
+    first_step, state = artefacts.read_state(args.out_dir, "logits", total, cases, args.steps)
+    healed = 0, {}
+    if args.heal and first_step == args.steps:
+        healed = artefacts.read_state(
+            args.out_dir, "lora", size, cases, args.heal_steps, args.steps
+        )
 
     dtype = models.default_dtype(args.device, meta)
     pipe, base, earlier = artefacts.load_base(args.model, args.on, dtype)
     workers.wait_for_everyone()  # all have looked at out_dir
-    on_step = artefacts.open_folder(args.out_dir, config, first_step) if is_first else None
+    log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 
     # the text encoders encode all there is, and leave before the transformer comes
     held_out = rows.held_out()
@@ -413,35 +396,48 @@ def run(args) -> None:
     models.encode_all(pipe, args.device, texts, call)
     lowmem.place(pipe, args.device, args.quantize, args.offload, args.compile)
 
-    settings = flags((*DEFAULTS, "modules", "steps", "micro_batch", "checkpoint", "seed"))
-    settings |= dict(call=call, first_step=first_step, state=state, on_step=on_step)
-    mask = train(pipe, pairs, retain, **settings)
+    learning = flags((*LEARNING, "micro_batch", "checkpoint")) | dict(call=call)
+    own = flags(name for name in DEFAULTS if name not in (*LEARNING, *HEALING))
+    own |= flags(("modules", "steps", "seed")) | dict(first_step=first_step, state=state)
+    mask = train(pipe, pairs, retain, **own, **learning, on_step=log)
+    lora = {}
+    if args.heal:  # differs from paper
+        learn, latest = learner(pipe, pairs, retain, **learning)
+        learn = partial(learn, gates=mask)
+        own = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
+        lora = heal.tune(pipe, learn, latest, *healed, log, **own)
     if not is_first:
         return
-    mask, modules = artefacts.joined(mask, args.modules, earlier)
+    if args.heal and args.refit:
+        sample = partial(rollout, pipe, **call)
+        masked = partial(gated, pipe.transformer, mask)
+        concept = [prompt for prompt, _ in pairs]
+        own = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed)
+        own |= dict(batch=args.micro_batch)
+        lora = refit(pipe.transformer, sample, masked, lora, concept, retain, **own)
 
     # what it did, on prompts and noises that training never had; gated and folded are the same bits
     errors = {}
     sheet = []
     noises = range(HELD_OUT_NOISE, HELD_OUT_NOISE + len(tests))
     how = dict(call=call, micro_batch=args.micro_batch)
-    for name, gates in (("base", {}), ("erased", mask)):
+    for name, gates, change in (("base", {}, {}), ("erased", mask, lora)):
         with torch.no_grad():
-            errors[name] = case_errors(pipe, tests, noises, gates, None, **how)
-        with gated(pipe.transformer, gates):
+            errors[name] = case_errors(pipe, tests, noises, gates, None, change, **how)
+        with gated(pipe.transformer, gates), heal.adapted(pipe.transformer, change):
             sheet += pictures.draw_rows(pipe, name, held_out, call, args.micro_batch)
     pictures.save_preview(args.out_dir / "preview.png", sorted(sheet, key=lambda row: row[0]))
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))
-    artefacts.save_as(args.save, args.model, kind, mask, args.out_dir)
-    line = pictures.summary(mask, errors, held_out, time.time() - began, args.device)
+    erasure = artefacts.joined(artefacts.Erasure(mask, args.modules, lora), earlier)
+    line = pictures.summary(erasure.mask, errors, held_out, time.time() - began, args.device)
     facts = config | dict(pairs=len(pairs), retain=len(retain), held_out=len(tests))
     pictures.save_card(args.out_dir, line, base, facts)
-    artefacts.save_mask(args.out_dir / "mask.safetensors", mask, base, modules)  # finished
+    artefacts.save(args.out_dir, args.save, args.model, kind, base, erasure)  # finished
     print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps)}")
 
 
 def main(argv=None) -> int:
-    return exit_code("erase.py", lambda: run(parse_args(argv)))
+    return exit_code("erase.py", lambda: run(parse_args(argv, __doc__)))
 
 
 if __name__ == "__main__":

@@ -62,11 +62,12 @@ def check_combination(*, checkpoint, quantize, offload, compile) -> None:
 
 def plan(
     transformer, others, pipeline_class, sites, call, device,
-    *, checkpoint, micro_batch, quantize="none", offload=False, compile=False,
+    *, checkpoint, micro_batch, quantize="none", offload=False, compile=False, lora=(), lora_size=0,
 ) -> tuple[dict, str]:  # fmt: skip
     """({checkpoint, micro_batch}, a line that says why): of "auto" the fastest that fits, with as
     many pictures as fit where micro_batch is None. The transformer may be on torch's meta device.
-    others: {other part: parameters}; call: what pipe(...) takes; after the *: FLAGS.
+    others: {other part: parameters}; call: what pipe(...) takes; after the *: FLAGS, and which
+    layers learn a LoRA of how many numbers.
 
     On a CPU everything counts, and --quantize and --offload save nothing. Raises UserError for
     flags that do not go together, and, with what would fit, if nothing does.
@@ -85,6 +86,7 @@ def plan(
         beside = itemsize * sum(others.values())
     load = memory.load_of(pipeline_class, call)
     needed = functools.partial(memory.memory_needed, transformer, sites=sites, load=load)
+    needed = functools.partial(needed, lora=lora, lora_size=lora_size)
 
     def needs(mode, count, quantize, offload):
         how = dict(quantize=quantize, offload=offload, itemsize=itemsize)

@@ -96,15 +96,17 @@ def block_bytes(transformer, itemsize, quantize="none") -> int:
 
 
 def memory_needed(
-    transformer, *, sites, load, pictures, itemsize, checkpoint, quantize="none", offload=False
-) -> int:
+    transformer, *, sites, load, pictures, itemsize, checkpoint, quantize="none", offload=False,
+    lora=(), lora_size=0,
+) -> int:  # fmt: skip
     """Bytes: weights, what autograd keeps of so many pictures at a time, one block's backward, and
     1 GiB to spare. The transformer may be on torch's meta device.
 
     sites: what is gated, by gate_sites; itemsize: bytes of a stored weight, and of what is
-    computed; checkpoint: a mode of recompute.py; the others: the flags of erase.py.
+    computed; checkpoint: a mode of recompute.py; lora: names of layers that learn a LoRA, of
+    lora_size numbers in all, which keeps their inputs too; the others: the flags of erase.py.
     """
-    gated_layers = set()
+    gated_layers = set(lora)
     for site in sites.values():
         gated_layers.update([site.consumer] if site.consumer else site.producers)
     blocks = blocks_of(transformer)
@@ -122,4 +124,5 @@ def memory_needed(
     weights = (rest + (max(sizes) if offload else sum(sizes))) * BYTES.get(quantize, itemsize)
     if quantize == "fp8":  # autograd keeps the weights that a block computed with
         weights += itemsize * (max(sizes) if block_by_block else calls * sum(sizes))
-    return round(weights + alive + 2**30)
+    learnt = 16 * lora_size  # in fp32: itself, its gradient and AdamW's two
+    return round(weights + alive + learnt + 2**30)

@@ -102,7 +102,8 @@ def save_curves(path: Path, metrics: list[dict]) -> None:
         left.semilogy(steps, [row[key] for row in metrics], label=key, linewidth=1)
     left.legend()
     left.set(xlabel="step", ylabel="mean squared error of final latents", ylim=(1e-4, None))
-    right.plot(steps, [100 * row["closed"] for row in metrics])
+    closed = [row for row in metrics if "closed" in row]  # while gates were learnt
+    right.plot([row["step"] for row in closed], [100 * row["closed"] for row in closed])
     right.set(xlabel="step", ylabel="gates closed, %", ylim=0)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 

@@ -1,6 +1,10 @@
-"""heal.py. Oracles: the base's own latents, weights added by hand, files changed on purpose."""
+"""heal.py and refit.py. Oracles: the base's own latents, weights added by hand, files changed on
+purpose."""
 
 import copy
+import json
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +16,10 @@ import erase
 import families
 import heal
 import models
+import refit
+from conftest import QUICK, run
 from safely import UserError
-from sites import closed_slices, fold, gate_sites
+from sites import closed_slices, gate_sites
 
 ALL = families.FAMILIES | families.OTHERS
 CALL = models.CALLS["tiny/flux"] | dict(num_inference_steps=2)
@@ -31,11 +37,18 @@ def random_mask(transformer, closed=0.2, modules=("ffn", "norm")):
     return mask
 
 
-def erased(transformer, mask, deltas):
+def erased(transformer, mask, lora):
     model = copy.deepcopy(transformer)
-    fold(model, mask)
-    heal.apply(model, deltas)
+    artefacts.apply(model, artefacts.Erasure(mask, [], lora))
     return model
+
+
+def refitted(pipe, mask, lora, concept, retain, call, rank=64, **how):
+    """The LoRA that refit gives."""
+    sample = partial(erase.rollout, pipe, **call)
+    masked = partial(erase.gated, pipe.transformer, mask)
+    how = dict(strength=0.01, rank=rank) | how
+    return refit.refit(pipe.transformer, sample, masked, lora, concept, retain, **how)
 
 
 @torch.no_grad()
@@ -53,12 +66,12 @@ def error(pipe, transformer, prompts, call) -> float:
 
 
 @torch.no_grad()
-def layer_outputs(pipe, mask, deltas, states) -> dict:
+def layer_outputs(pipe, mask, lora, states) -> dict:
     """{layer: what it makes of all states, a row a token}."""
-    transformer = erased(pipe.transformer, mask or {}, deltas)
-    outputs = {name: [] for name in heal.readers(transformer)}
-    with heal.replaying(transformer) as run:
-        for _, names in heal.stages(transformer, states[0]):
+    transformer = erased(pipe.transformer, mask or {}, lora)
+    outputs = {name: [] for name in heal.open_layers(transformer)}
+    with refit.replaying(transformer) as run:
+        for _, names in refit.stages(transformer, states[0]):
             for state in states:
                 for name, (_, output) in run(state, names, [], {}).items():
                     outputs[name].append(output)
@@ -67,49 +80,118 @@ def layer_outputs(pipe, mask, deltas, states) -> dict:
 
 @pytest.fixture(scope="module")
 def healed(pipe):
-    """(mask, deltas) of tiny/flux."""
+    """(mask, LoRA) of tiny/flux."""
     mask = random_mask(pipe.transformer)
     before = copy.deepcopy(pipe.transformer.state_dict())
-    deltas = heal.heal(pipe, mask, CONCEPT, RETAIN, call=CALL, draws=(1, 4))
+    lora = refitted(pipe, mask, {}, CONCEPT, RETAIN * 4, CALL)
     now = pipe.transformer.state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
     assert not any("forward" in vars(block) for block in pipe.transformer.transformer_blocks)
-    return mask, deltas
+    return mask, lora
 
 
 def test_prompts_not_seen_are_mended_too(pipe, healed):
-    mask, deltas = healed
-    masked, mended = (erased(pipe.transformer, mask, d) for d in ({}, deltas))
+    mask, lora = healed
+    masked, mended = (erased(pipe.transformer, mask, change) for change in ({}, lora))
     assert error(pipe, mended, UNSEEN, CALL) < 0.8 * error(pipe, masked, UNSEEN, CALL)
 
 
 def test_closed_neurons_stay_zero(pipe, healed):
-    mask, deltas = healed
-    mended = erased(pipe.transformer, mask, deltas)
+    mask, lora = healed
+    mended = erased(pipe.transformer, mask, lora)
     for name, dim, index in closed_slices(mended, mask):
         assert not mended.get_parameter(name).index_select(dim, index).any(), name
+
+
+def test_hooks_are_as_weights(pipe, healed):
+    """With gates and LoRA as hooks, and with both in the weights, the same latents; two add up."""
+    mask, lora = healed
+    halves = [{name: (a, b / 2) for name, (a, b) in lora.items()}] * 2
+    wanted = final(pipe, erased(pipe.transformer, mask, lora), UNSEEN, CALL)
+    for change in (lora, heal.joined(*halves)):
+        with erase.gated(pipe.transformer, mask), heal.adapted(pipe.transformer, change):
+            found = final(pipe, pipe.transformer, UNSEEN, CALL)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+    assert (found - final(pipe, pipe.transformer, UNSEEN, CALL)).abs().max() > 0.05
+
+
+def test_end_to_end(pipe):
+    """At its start the LoRA changes nothing, to the bit; its loss falls, the weights stay as they
+    are; the same seed gives the same, and so does going on from a state; gradients are those of
+    finite differences."""
+    shapes = heal.shapes_of(pipe.transformer, 4)
+    with heal.adapted(pipe.transformer, heal.as_lora(heal.start(pipe.transformer, 4, 0), shapes)):
+        begun = final(pipe, pipe.transformer, UNSEEN, CALL)
+    assert torch.equal(begun, final(pipe, pipe.transformer, UNSEEN, CALL))
+
+    mask = random_mask(pipe.transformer)
+    pairs = [(CONCEPT[0], "nothing on a red background")]
+    how = dict(call=CALL, beta=1.0, batch=2, retain_batch=2, hard=0.5)
+
+    def tuned(first=0, state=None, steps=8):
+        learn, latest = erase.learner(pipe, pairs, RETAIN[:2], **how)
+        rows, states = [], []
+
+        def keep(metrics, state):
+            rows.append(metrics["loss"])
+            states.append({name: tensor.clone() for name, tensor in state.items()})
+
+        learn = partial(learn, gates=mask)
+        own = dict(steps=steps, lr=5e-3, rank=4)
+        return heal.tune(pipe, learn, latest, first, state, keep, **own), rows, states
+
+    lora, losses, states = tuned()
+    assert min(losses[-3:]) < 0.8 * losses[0]
+    again, rest, _ = tuned(3, states[2])
+    assert rest == losses[3:]
+    assert all(torch.equal(x, y) for n in lora for x, y in zip(lora[n], again[n], strict=True))
+
+    flat = states[-1]["lora"].clone().requires_grad_()
+    learn, _ = erase.learner(pipe, pairs, RETAIN[:2], **how)
+    learn("3 0", flat, mask, heal.as_lora(flat, shapes))
+    step = 2e-2 * flat.grad / flat.grad.norm()
+
+    def loss_at(moved):
+        learn, _ = erase.learner(pipe, pairs, RETAIN[:2], **how)
+        leaf = moved.detach().requires_grad_()
+        return learn("3 0", leaf, mask, heal.as_lora(leaf, shapes))["loss"]
+
+    slope = (loss_at(flat + step) - loss_at(flat - step)) / 2
+    assert slope == pytest.approx((flat.grad * step).sum().item(), rel=0.05)
 
 
 def test_a_layer_is_plain_least_squares(pipe):
     """The first layer whose inputs the mask changes, on all of its rows at once, ridge as rows."""
     mask = random_mask(pipe.transformer)
-    deltas = heal.heal(pipe, mask, [], RETAIN[:4], call=CALL, batch=2, draws=(1, 1))
-    states = heal.states(pipe, RETAIN[:4], heal.NOISE, CALL, 2)
-    order = heal.stages(pipe.transformer, states[0])
-    _, names = order[0]
+    lora = refitted(pipe, mask, {}, CONCEPT[:1], RETAIN[:4], CALL, rank=1000, batch=2)
+    sample = partial(erase.rollout, pipe, **CALL)
     masked = erased(pipe.transformer, mask, {})
-    with torch.no_grad(), heal.replaying(masked) as run, heal.replaying(pipe.transformer) as teach:
-        found = [(run(s, names, [], {}), teach(s, names, [], {})) for s in states]
+    concept = CONCEPT[:1] * refit.PICTURES
+    with torch.no_grad():
+        kept = refit.states(pipe.transformer, sample, RETAIN[:4], refit.NOISE, 2)
+        with erase.gated(pipe.transformer, mask):
+            other = refit.states(pipe.transformer, sample, concept, refit.NOISE + 2**21, 2)
+        _, names = refit.stages(pipe.transformer, kept[0])[0]
+        rows = []
+        with refit.replaying(masked) as run, refit.replaying(pipe.transformer) as teach:
+            for state in kept:
+                rows.append((run(state, names, [], {}), teach(state, names, [], {}), 1.0))
+            for state in other:
+                found = run(state, names, [], {})
+                rows.append((found, found, refit.CONCEPT**0.5))
     for name in names:
-        x = torch.cat([of_masked[name][0] for of_masked, _ in found]).double()
-        y = torch.cat([b[name][1] - m[name][1] for m, b in found]).double()
-        x = torch.nn.functional.pad(x, (0, 1), value=1.0)
+        x = torch.cat([weight * m[name][0] for m, _, weight in rows]).double()
+        y = torch.cat([weight * (b[name][1] - m[name][1]) for m, b, weight in rows]).double()
         ridge = (0.01 * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1]).double()
         y = torch.cat([y, torch.zeros(len(ridge), y.shape[1]).double()])
         wanted = torch.linalg.lstsq(torch.cat([x, ridge]), y).solution.T.float()
         assert wanted.abs().max() > 1e-3
-        torch.testing.assert_close(deltas[f"{name}.weight"], wanted[:, :-1], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(deltas[f"{name}.bias"], wanted[:, -1], rtol=1e-3, atol=1e-4)
+        a, b = lora[name]
+        torch.testing.assert_close(b @ a, wanted, rtol=1e-3, atol=1e-4)
+        a, b = heal.best_ranks(wanted, 3)
+        values = torch.linalg.svdvals(wanted)
+        left = torch.linalg.matrix_norm(wanted - b @ a)
+        torch.testing.assert_close(left, values[3:].square().sum().sqrt(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -117,10 +199,12 @@ def test_replay(name):
     """What is computed from remembered blocks has the bits of a whole forward."""
     pipe, call = ALL[name]()
     models.remember_prompts(pipe)
-    state = heal.states(pipe, RETAIN[:2], 0, call | dict(num_inference_steps=2), 2)[0]
+    sample = partial(erase.rollout, pipe, **call | dict(num_inference_steps=2))
+    with torch.no_grad():
+        state = refit.states(pipe.transformer, sample, RETAIN[:2], 0, 2)[0]
     memory = {}
-    with torch.no_grad(), heal.replaying(pipe.transformer) as run:
-        for done, names in heal.stages(pipe.transformer, state):
+    with torch.no_grad(), refit.replaying(pipe.transformer) as run:
+        for done, names in refit.stages(pipe.transformer, state):
             quick, whole = run(state, names, done, memory), run(state, names, [], {})
             assert set(quick) == set(whole) == set(names)
             for layer in names:
@@ -136,71 +220,69 @@ def test_families(name):
     models.remember_prompts(pipe)
     call |= dict(num_inference_steps=2)
     mask = random_mask(pipe.transformer, 0.3, ("ffn",))
-    how = dict(call=call, draws=(1, 1), batch=2)
-    deltas = heal.heal(pipe, mask, CONCEPT[:1], RETAIN[:4], **how)
-    ends = (".weight", ".bias")
-    known = {f"{layer}{end}" for layer in heal.readers(pipe.transformer) for end in ends}
-    assert deltas and set(deltas) == known & set(pipe.transformer.state_dict())
-    assert all(delta.isfinite().all() for delta in deltas.values())
-    states = heal.states(pipe, RETAIN[:4], heal.NOISE, call, 2)
+    how = dict(call=call, rank=1000, batch=16)
+    lora = refitted(pipe, mask, {}, CONCEPT[:1], RETAIN[:4], **how)
+    assert set(lora) == set(heal.open_layers(pipe.transformer)) != set()
+    assert all(part.isfinite().all() for pair in lora.values() for part in pair)
+    sample = partial(erase.rollout, pipe, **call)
+    with torch.no_grad():
+        states = refit.states(pipe.transformer, sample, RETAIN[:4], refit.NOISE, 2)
     base, masked, mended = (
-        layer_outputs(pipe, m, d, states) for m, d in ((None, {}), (mask, {}), (mask, deltas))
+        layer_outputs(pipe, m, change, states)
+        for m, change in ((None, {}), (mask, {}), (mask, lora))
     )
     for layer, wanted in base.items():
         before, after = ((x[layer] - wanted).square().mean() for x in (masked, mended))
         assert after < before or before < 1e-12, layer
     if name in families.FAMILIES:  # others' FFNs are convolutions, or so narrow that much is lost
-        masked, mended = (erased(pipe.transformer, mask, d) for d in ({}, deltas))
+        masked, mended = (erased(pipe.transformer, mask, change) for change in ({}, lora))
         assert error(pipe, mended, RETAIN[:4], call) < error(pipe, masked, RETAIN[:4], call)
     nothing = {site: torch.ones_like(gates) for site, gates in mask.items()}
-    deltas = heal.heal(pipe, nothing, CONCEPT[:1], RETAIN[:2], **how)
-    assert max(delta.abs().max() for delta in deltas.values()) < 1e-6
+    lora = refitted(pipe, nothing, {}, CONCEPT[:1], RETAIN[:2], **how)
+    assert max((b @ a).abs().max() for a, b in lora.values()) < 1e-6
+
+
+BASE = dict(transformer="of these weights")
 
 
 def test_saved_and_loaded(pipe, healed, tmp_path):
     """The same bits; nothing but the same file for the same base and mask is loaded."""
-    mask, deltas = healed
-    base, modules = artefacts.fingerprint(pipe.transformer), ("ffn", "norm")
-    mask_file, file = tmp_path / "mask.safetensors", tmp_path / "heal.safetensors"
-    artefacts.save_mask(mask_file, mask, base, modules)
-    heal.save(file, deltas, base, mask_file)
-    loaded = heal.load(file, pipe.transformer, base, mask_file)
-    both = [erased(pipe.transformer, mask, d) for d in (deltas, loaded)]
+    mask, lora = healed
+    file = tmp_path / "heal.safetensors"
+    heal.save(file, lora, BASE, mask)
+    loaded = heal.load(file, pipe.transformer, BASE, mask)
+    both = [erased(pipe.transformer, mask, change) for change in (lora, loaded)]
     assert torch.equal(*(final(pipe, model, UNSEEN, CALL) for model in both))
 
     with pytest.raises(UserError, match="made for base"):
-        heal.load(file, pipe.transformer, "another", mask_file)
-    other = tmp_path / "other.safetensors"
-    artefacts.save_mask(other, random_mask(pipe.transformer, 0.1), base, modules)
+        heal.load(file, pipe.transformer, dict(transformer="another"), mask)
     with pytest.raises(UserError, match="made for mask"):
-        heal.load(file, pipe.transformer, base, other)
+        heal.load(file, pipe.transformer, BASE, random_mask(pipe.transformer, 0.1))
+    save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(UserError, match="made for format None"):
-        heal.load(mask_file, pipe.transformer, base, mask_file)
+        heal.load(tmp_path / "empty.safetensors", pipe.transformer, BASE, mask)
 
 
-def without_first(deltas):
-    return dict(list(deltas.items())[1:])
-
-
-def changed(deltas, change):
-    return {name: change(delta) for name, delta in deltas.items()}
+def changed(tensors, change):
+    return {name: change(tensor).contiguous() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (without_first, "tensors are not those"),
-        (lambda d: d | dict(another=torch.zeros(1)), "tensors are not those"),
-        (lambda d: changed(d, lambda x: x[:-1].clone()), "tensors are not those"),
-        (lambda d: changed(d, lambda x: x / 0), "finite"),
-        (lambda d: changed(d, lambda x: x.half()), "finite fp32"),
+        (lambda t: dict(list(t.items())[1:]), "tensors are not those"),
+        (lambda t: t | dict(another=torch.zeros(1)), "tensors are not those"),
+        (lambda t: changed(t, lambda x: x[:-1].clone()), "tensors are not those"),
+        (lambda t: changed(t, lambda x: x.flatten()), "tensors are not those"),
+        (lambda t: changed(t, lambda x: x.sum()), "tensors are not those"),
+        (lambda t: changed(t, lambda x: x / 0), "finite"),
+        (lambda t: changed(t, lambda x: x.half()), "finite fp32"),
         (None, "not a readable safetensors file"),
     ],
 )
 def test_damaged(pipe, healed, tmp_path, damage, message):
-    file, mask_file = tmp_path / "heal.safetensors", tmp_path / "mask.safetensors"
-    artefacts.save_mask(mask_file, healed[0], "base", ("ffn", "norm"))
-    heal.save(file, healed[1], "base", mask_file)
+    file = tmp_path / "heal.safetensors"
+    heal.save(file, healed[1], BASE, healed[0])
     if damage:
         with safe_open(file, "pt") as f:
             metadata = f.metadata()
@@ -208,4 +290,68 @@ def test_damaged(pipe, healed, tmp_path, damage, message):
     else:
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=message):
-        heal.load(file, pipe.transformer, "base", mask_file)
+        heal.load(file, pipe.transformer, BASE, healed[0])
+
+
+def test_command_line(pipe, tmp_path, monkeypatch):
+    """A run that heals: resumed in the middle of it the same files; what load_erased gives is what
+    transformer/ holds; without the LoRA's file, or with one that is not of the run, refused; a
+    stock pipeline loads the LoRA where PEFT is installed."""
+    few = tmp_path / "retain.csv"
+    lines = (models.HERE / "prompts/tiny/retain.csv").read_text().splitlines(keepends=True)
+    few.write_text("".join([lines[0], *lines[1:12], *[x for x in lines if ",test" in x][:8]]))
+    line = [*QUICK, "--heal", "1", "--heal_steps", "3", "--retain", few]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run("erase.py", *line, "--out_dir", whole)
+    assert done.returncode == 0, done.stderr
+    rows = (whole / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(7))
+
+    shutil.copytree(whole, killed)
+    (killed / "mask.safetensors").unlink()
+    with safe_open(whole / "heal_state.safetensors", "pt") as f:
+        assert f.metadata() == dict(step="3")
+    shorter = tmp_path / "shorter"
+    done = run("erase.py", *line, "--heal_steps", "2", "--out_dir", shorter)
+    assert done.returncode == 0, done.stderr
+    learnt = load_file(shorter / "state.safetensors"), load_file(whole / "state.safetensors")
+    assert all(torch.equal(learnt[0][name], tensor) for name, tensor in learnt[1].items())
+    (killed / "heal_state.safetensors").unlink()
+    done = run("erase.py", *line, "--out_dir", killed, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("mask.safetensors", "heal.safetensors", "preview.png"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+    loaded = artefacts.load_erased(whole, "cpu").transformer
+    stock = type(loaded).from_pretrained(whole / "transformer")
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    only_mask = erased(pipe.transformer, artefacts.load_mask(whole / "mask.safetensors", pipe), {})
+    assert not torch.equal(only_mask.proj_out.weight, torch.zeros(1))
+    assert any(not torch.equal(t, only_mask.state_dict()[n]) for n, t in stock.state_dict().items())
+
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        other = copy.copy(pipe)
+        other.transformer = only_mask
+        other.load_lora_weights(whole, weight_name="heal.safetensors")
+        torch.testing.assert_close(
+            final(pipe, other.transformer, UNSEEN, CALL),
+            final(pipe, stock, UNSEEN, CALL),
+            rtol=0,
+            atol=2e-3,
+        )
+
+    (killed / "heal.safetensors").unlink()
+    with pytest.raises(UserError, match="heal.safetensors: not a readable"):
+        artefacts.load_erased(killed, "cpu")
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(config | dict(heal=0)))
+    with pytest.raises(UserError, match="heal.safetensors: is not of this run"):
+        artefacts.load_erased(whole, "cpu")
+    (whole / "config.json").write_text(json.dumps(config | dict(heal=7)))
+    with pytest.raises(UserError, match="heal is 7, not 0 or 1"):
+        artefacts.load_erased(whole, "cpu")

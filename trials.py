@@ -235,7 +235,9 @@ def prepare(
 
     seeing, judge_name = open_judge(judge, name, subject.model, device)
     banned = [name, *synonyms]
-    mask_file = erased / "mask.safetensors"
+    weights = hashlib.sha256((erased / "mask.safetensors").read_bytes())
+    if (erased / "heal.safetensors").is_file():
+        weights.update((erased / "heal.safetensors").read_bytes())
     about = dict(
         concept=name,
         erased=str(erased),
@@ -246,7 +248,7 @@ def prepare(
         seed=seed,
         banned=banned,
         prompts=count,
-        mask=hashlib.sha256(mask_file.read_bytes()).hexdigest()[:16],
+        mask=weights.hexdigest()[:16],
         oracle=oracle and str(oracle),
         replay=prompts and [prompts, where],
     )
@@ -260,10 +262,12 @@ def prepare(
     pairs = concept_rows(name, words, "train")
     pairs = [pair | dict(neutral_prompt=pair["neutral_prompt"] or NOTHING) for pair in pairs]
     pipe = models.load_pipeline(subject.model, device)
-    mask = artefacts.load_mask(mask_file, pipe)
-    attacked = Model(pipe, mask, subject.call, banned, pairs)
+    erasure = artefacts.load_erasure(erased, pipe)
+    attacked = Model(pipe, erasure.mask, subject.call, banned, pairs)
     base = copy.copy(attacked)
     base.mask = {}
+    if erasure.lora:  # its weights are others too
+        attacked.pipe = artefacts.erased_copy(pipe, erasure)
     loaded = dict(erased=attacked, base=base)
     if oracle:
         pipe = models.load_pipeline(str(oracle), device)

@@ -1,0 +1,69 @@
+"""The flags of erase.py and their defaults: the paper's, and what measured best."""
+
+import artefacts
+import lowmem
+import models
+import promptfiles
+from safely import Parser, number
+from sites import MODULES
+
+# Flags by preset: the paper's table 6, and what measured best on tiny/flux; then kind and help.
+PRESETS = dict(paper="paper (--preset tiny keeps far more other things: RESULTS.md)", tiny="tiny")
+RELAXATIONS = ("sigmoid", "hard_concrete", "straight_through")
+POSITIVE, COUNT, SHARE = number(float, 0), number(int, 1), number(float, 0, 1)
+DEFAULTS = dict(
+    gate=("hard_concrete", "straight_through", str, "relaxation of the gates"),
+    lr_ffn=(0.5, 0.25, POSITIVE, "learning rate of all gates but norm's"),
+    lr_norm=(0.5, 0.25, POSITIVE, "learning rate of the norm gates"),
+    lr_decay=(0, 1, number(int, 0, 1), "1: the learning rates fall linearly to 0"),
+    weight_decay=(0.01, 0.0, SHARE, "AdamW's, on the logits"),
+    adam_eps=(1e-8, 1e-4, POSITIVE, "AdamW's: gates with gradients far below it stay"),
+    beta=(0.01, 3.0, POSITIVE, "weight of preserve_loss"),
+    batch=(4, 4, COUNT, "concept prompts a step"),
+    retain_batch=(4, 8, COUNT, "retain prompts a step"),
+    hard=(0.0, 0.75, SHARE, "share of a step's prompts drawn by their latest error"),
+    max_closed=(1.0, 0.05, SHARE, "share of the gates that may close"),
+    harm=(0.0, 1.0, POSITIVE, "initial weight, times beta, of what closing each gate alone does"),
+    heal=(0, 1, number(int, 0, 1), "1: then mend the open weights, as the next five say"),
+    heal_steps=(200, 200, number(int, 0), "steps on a LoRA of the open weights, the same loss"),
+    heal_lr=(2e-3, 2e-3, POSITIVE, "AdamW's learning rate there, which falls to 0"),
+    heal_rank=(16, 16, COUNT, "the LoRA's rank"),
+    refit=(0.01, 0.01, POSITIVE, "strength of the ridge regression after it; 0: none"),
+    refit_rank=(64, 64, COUNT, "the LoRA's rank after that"),
+)
+LEARNING = ("beta", "batch", "retain_batch", "hard")  # of the mask and of the LoRA
+HEALING = ("heal", "heal_steps", "heal_lr", "heal_rank", "refit", "refit_rank")
+LEARNING = ("beta", "batch", "retain_batch", "hard")  # of the mask and of the LoRA
+HEALING = ("heal", "heal_steps", "heal_lr", "heal_rank", "refit", "refit_rank")
+
+
+def parse_args(argv=None, text: str | None = None):
+    """The flags of erase.py, with all defaults filled in. Exits with code 2 where one is wrong."""
+    parser = Parser(text)
+    add = parser.add_argument
+    promptfiles.add_flags(parser)
+    models.add_flags(parser)
+    add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
+    add("--steps", type=COUNT, default=400, help="optimiser steps (%(default)s)")
+    for name, (paper, tiny, kind, help) in DEFAULTS.items():
+        choices = RELAXATIONS if name == "gate" else None
+        defaults = f"(paper: {paper}, tiny: {tiny})" if paper != tiny else f"({paper})"
+        add(f"--{name}", type=kind, choices=choices, help=f"{help} {defaults}")
+    add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="(ffn norm)")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
+    lowmem.add_flags(parser)
+    artefacts.add_flags(parser)
+    add("--dry_run", action="store_true", help="print the configuration and the plan, and stop")
+    args = parser.parse_args(argv)
+
+    args.device = args.device or models.default_device()
+    args.model, args.on = artefacts.base_of(args.model, args.device)
+    is_tiny = models.is_embedded(args.model)
+    args.preset = args.preset or ("tiny" if is_tiny else "paper")
+    for name, columns in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, columns[list(PRESETS).index(args.preset)])
+    args.heal = int(args.heal and (args.heal_steps > 0 or args.refit > 0))
+    args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
+    args.out_dir = args.out_dir or artefacts.default_folder(args.concept)
+    return args
