@@ -78,6 +78,10 @@ def fingerprints(pipe) -> dict[str, str]:
     return {name: fingerprint(part) for name, part in parts if isinstance(part, torch.nn.Module)}
 
 
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
@@ -165,15 +169,23 @@ def erased_copy(pipe, erasure: Erasure):
     return other
 
 
-def load_erased(folder, device=None, dtype=None):
-    """A stock pipeline with the mask folded in, and mended as its run mended it. Raises UserError,
-    never gives the base instead."""
-    folder = Path(folder)
-    for name in ("config.json", "mask.safetensors"):  # the mask is written last
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}, so no finished erased model")
-    pipe = models.load_pipeline(models.recorded(erased_config(folder)), device, dtype)
-    apply(pipe.transformer, load_erasure(folder, pipe))
+def load_erased(*folders, device=None, dtype=None):
+    """A stock pipeline with the mask folded in, and mended as its run mended it. Several folders of
+    one base: what any of them closes is closed, their LoRAs add up (`--compose` mends anew instead,
+    which keeps more). A device may also come last, without its name. Raises UserError, never gives
+    the base instead."""
+    if is_device(folders[-1]):
+        *folders, device = folders
+    folders = [Path(folder) for folder in folders]
+    for folder in folders:
+        for name in ("config.json", "mask.safetensors"):  # the mask is written last
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: no {name}, so no finished erased model")
+    bases = {models.recorded(erased_config(folder)) for folder in folders}
+    if len(bases) > 1:
+        raise UserError(f"{folder}: of another base than {folders[0]}: {', '.join(sorted(bases))}")
+    pipe = models.load_pipeline(bases.pop(), device, dtype)
+    apply(pipe.transformer, joined(*[load_erasure(folder, pipe) for folder in folders]))
     return pipe
 
 
@@ -198,6 +210,10 @@ def load_base(model: str, on: str | None, dtype) -> tuple:
     earlier = load_erasure(Path(models.local_name(on)), pipe) if on else Erasure()
     apply(pipe.transformer, earlier)
     return pipe, base, earlier
+
+
+def is_device(name) -> bool:
+    return re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", str(name)) is not None
 
 
 def joined(*erasures: Erasure) -> Erasure:
@@ -345,7 +361,13 @@ def run_config(flags: dict, call: dict) -> dict:
         config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
         config["kind"] = flags["kind"] or before.get("kind")
         config["heal"] = max(flags["heal"], before.get("heal", 0))
-        config["on_mask"] = hashlib.sha256((folder / "mask.safetensors").read_bytes()).hexdigest()
+        config["on_mask"] = digest(folder / "mask.safetensors")
+    del config["compose"], config["restore"]
+    if flags["compose"]:
+        parts = {
+            models.portable_name(str(f)): digest(f / "mask.safetensors") for f in flags["compose"]
+        }
+        config["parts"] = parts
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)
@@ -389,6 +411,9 @@ def erased_config(folder: Path) -> dict:
     if not isinstance(model, str) or not model.strip() or not model.isprintable():
         raise UserError(f"{where} model is {model!r}")
     models.check_call(config.get("call"), f"{where} call")
+    parts = config.get("parts", {})
+    if not isinstance(parts, dict) or not all(isinstance(x, str) for x in parts.values()):
+        raise UserError(f"{where} parts are not folders and the hashes of their masks")
     return config
 
 

@@ -2,7 +2,6 @@
 out. A picture is drawn once and kept."""
 
 import copy
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 import erase
 from artefacts import (
+    digest,
     erased_config,
     erased_copy,
     fingerprints,
@@ -174,10 +174,6 @@ def check_columns(columns: list[Column], cases: list[Case], listings: dict, size
                 check_picture(file, size)
                 if case.file in known and known[case.file] != digest(file):
                     raise UserError(f"{file}: was changed since it was drawn; delete it")
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_digests(column: Column, cases: list[Case]) -> None:

@@ -35,6 +35,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import artefacts
+import compose
 import heal
 import lowmem
 import pictures
@@ -349,7 +350,7 @@ def run(args) -> None:
         if size % workers.num_processes:
             found = f"{size} prompts cannot be split evenly over {workers.num_processes} processes"
             raise UserError(f"--{flag}: {found}")
-    rows = promptfiles.training_rows(models.prompt_folder(args.model), **flags(promptfiles.FLAGS))
+    rows = compose.training_rows(args, models.prompt_folder(args.model))
     args.model = artefacts.pinned_model(args.model, args.out_dir, args.resume)
     kind, meta, others, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
     sites = gate_sites(meta, args.modules)
@@ -382,6 +383,8 @@ def run(args) -> None:
 
     dtype = models.default_dtype(args.device, meta)
     pipe, base, earlier = artefacts.load_base(args.model, args.on, dtype)
+    if args.compose:
+        earlier = compose.composed(args.compose, pipe)
     workers.wait_for_everyone()  # all have looked at out_dir
     log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 
@@ -400,6 +403,8 @@ def run(args) -> None:
     own = flags(name for name in DEFAULTS if name not in (*LEARNING, *HEALING))
     own |= flags(("modules", "steps", "seed")) | dict(first_step=first_step, state=state)
     mask = train(pipe, pairs, retain, **own, **learning, on_step=log)
+    erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), earlier)
+    mask = erasure.mask
     lora = {}
     if args.heal:  # differs from paper
         learn, latest = learner(pipe, pairs, retain, **learning)
@@ -428,10 +433,10 @@ def run(args) -> None:
             sheet += pictures.draw_rows(pipe, name, held_out, call, args.micro_batch)
     pictures.save_preview(args.out_dir / "preview.png", sorted(sheet, key=lambda row: row[0]))
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))
-    erasure = artefacts.joined(artefacts.Erasure(mask, args.modules, lora), earlier)
-    line = pictures.summary(erasure.mask, errors, held_out, time.time() - began, args.device)
+    line = pictures.summary(mask, errors, held_out, time.time() - began, args.device)
     facts = config | dict(pairs=len(pairs), retain=len(retain), held_out=len(tests))
     pictures.save_card(args.out_dir, line, base, facts)
+    erasure = erasure._replace(lora=heal.joined(erasure.lora, lora))
     artefacts.save(args.out_dir, args.save, args.model, kind, base, erasure)  # finished
     print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps)}")
 

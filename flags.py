@@ -1,6 +1,7 @@
 """The flags of erase.py and their defaults: the paper's, and what measured best."""
 
 import artefacts
+import compose
 import lowmem
 import models
 import promptfiles
@@ -42,6 +43,7 @@ def parse_args(argv=None, text: str | None = None):
     parser = Parser(text)
     add = parser.add_argument
     promptfiles.add_flags(parser)
+    compose.add_flags(parser)
     models.add_flags(parser)
     add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
     add("--steps", type=COUNT, default=400, help="optimiser steps (%(default)s)")
@@ -55,6 +57,12 @@ def parse_args(argv=None, text: str | None = None):
     artefacts.add_flags(parser)
     add("--dry_run", action="store_true", help="print the configuration and the plan, and stop")
     args = parser.parse_args(argv)
+    if args.compose:
+        compose.fill(args)
+    elif args.restore:
+        parser.error("--restore: goes with --compose")
+    elif not args.concept:
+        parser.error("the following arguments are required: --concept")
 
     args.device = args.device or models.default_device()
     args.model, args.on = artefacts.base_of(args.model, args.device)

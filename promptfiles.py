@@ -36,7 +36,6 @@ def add_flags(parser) -> None:
     add(
         "--concept",
         nargs="+",
-        required=True,
         help="what to erase, one or several: a file of prompts/ by name, or any words",
     )
     add_kind(parser)
@@ -138,6 +137,10 @@ def check_concepts(concepts: list[str]) -> None:
 def mentions(concept: str, text: str) -> bool:
     """Whether the concept's words occur in the text as whole words, plural or not."""
     return bool(re.search(rf"\b{re.escape(bare(concept))}(e?s)?\b", text, re.I))
+
+
+def names_any(concepts: list[str], text: str) -> bool:
+    return any(mentions(concept, text) for concept in concepts)
 
 
 def without(concepts: list[str], rows: list[dict]) -> list[dict]:
@@ -266,6 +269,20 @@ def training_rows(
     if not others:
         raise UserError(f"--retain: {file} has no training prompt without the concept")
     return Rows(pairs, others, tests or pairs, of_split(rows, "test") or others)
+
+
+def together(found: list[Rows], concepts: list[str]) -> Rows:
+    """Of several concepts: no pair whose neutral prompt, and no retain prompt, names one of them.
+    Raises UserError if none is left."""
+    pairs, retain, tests, retain_tests = [], [], [], []
+    for rows in found:
+        pairs += [row for row in rows.pairs if not names_any(concepts, row["neutral_prompt"])]
+        tests += [row for row in rows.tests if not names_any(concepts, row["neutral_prompt"])]
+    for rows in found[:1]:
+        retain, retain_tests = without(concepts, rows.retain), without(concepts, rows.retain_tests)
+    if not (pairs and tests and retain and retain_tests):
+        raise UserError(f"--concept: no prompts are left of {', '.join(concepts)} together")
+    return Rows(pairs, retain, tests, retain_tests)
 
 
 # --------------------------------------------------------------------------- prompts to evaluate on

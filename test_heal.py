@@ -293,13 +293,21 @@ def test_damaged(pipe, healed, tmp_path, damage, message):
         heal.load(file, pipe.transformer, BASE, healed[0])
 
 
-def test_command_line(pipe, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A short file of retain prompts."""
+    file = tmp_path_factory.mktemp("few") / "retain.csv"
+    with open(models.HERE / "prompts/tiny/retain.csv") as f:
+        header, *rows = f.readlines()
+    tests = [row for row in rows if row.rstrip().endswith("test")]
+    file.write_text("".join([header, *rows[:11], *tests[:8]]))
+    return file
+
+
+def test_command_line(pipe, few, tmp_path):
     """A run that heals: resumed in the middle of it the same files; what load_erased gives is what
     transformer/ holds; without the LoRA's file, or with one that is not of the run, refused; a
     stock pipeline loads the LoRA where PEFT is installed."""
-    few = tmp_path / "retain.csv"
-    lines = (models.HERE / "prompts/tiny/retain.csv").read_text().splitlines(keepends=True)
-    few.write_text("".join([lines[0], *lines[1:12], *[x for x in lines if ",test" in x][:8]]))
     line = [*QUICK, "--heal", "1", "--heal_steps", "3", "--retain", few]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run("erase.py", *line, "--out_dir", whole)
@@ -355,3 +363,56 @@ def test_command_line(pipe, tmp_path, monkeypatch):
     (whole / "config.json").write_text(json.dumps(config | dict(heal=7)))
     with pytest.raises(UserError, match="heal is 7, not 0 or 1"):
         artefacts.load_erased(whole, "cpu")
+
+
+def refused(capsys, *line) -> str:
+    assert erase.main([str(word) for word in line]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1, error
+    return error[0]
+
+
+def test_compose(pipe, request, few, tmp_path, capsys):
+    """The composed mask closes what any part closes; nothing is trained but what mends; the folder
+    is an erased folder like any; one part can be taken out again; what does not fit is refused."""
+    parts = [request.getfixturevalue("erased"), tmp_path / "knife"]
+    line = [*QUICK, "--steps", "2", "--out_dir", parts[1]]
+    line[line.index("gun")] = "knife"
+    assert run("erase.py", *line).returncode == 0
+    masks = [artefacts.load_mask(part / "mask.safetensors", pipe) for part in parts]
+
+    both = tmp_path / "both"
+    short = ["--heal_steps", "2", "--retain", few, "--batch", "2", "--retain_batch", "2"]
+    done = run("erase.py", "--compose", *parts, *short, "--out_dir", both)
+    assert done.returncode == 0, done.stderr
+    mask = artefacts.load_mask(both / "mask.safetensors", pipe)
+    for site, gates in mask.items():
+        assert torch.equal(gates, masks[0][site] * masks[1][site])
+    config = artefacts.erased_config(both)
+    assert config["concept"] == ["gun", "knife"] and len(config["parts"]) == 2
+    loaded = artefacts.load_erased(both, "cpu").transformer
+    together = artefacts.load_erased(*parts, "cpu").transformer
+    wanted = erased(pipe.transformer, mask, {}).state_dict()
+    assert all(torch.equal(tensor, wanted[n]) for n, tensor in together.state_dict().items())
+    assert any(not torch.equal(tensor, wanted[n]) for n, tensor in loaded.state_dict().items())
+
+    alone = tmp_path / "alone"
+    line = ["--compose", both, "--restore", "gun", "--heal", "0", "--retain", few]
+    assert run("erase.py", *line, "--out_dir", alone).returncode == 0
+    found = artefacts.load_mask(alone / "mask.safetensors", pipe)
+    assert all(torch.equal(gates, masks[1][site]) for site, gates in found.items())
+    assert artefacts.erased_config(alone)["concept"] == ["knife"]
+
+    dry = ["--dry_run", "--out_dir", tmp_path / "no"]
+    for line, wanted in (
+        (["--compose", both, "--restore", "dog"], "--restore: none of the folders erases 'dog'"),
+        (["--compose", both, "--concept", "gun"], "--concept: comes from the folders"),
+        (["--compose", both, "--model", "tiny/flux"], "--model: comes from the folders"),
+        (["--compose", alone, "--restore", "knife"], "--restore: nothing is left to erase"),
+        (["--compose", tmp_path], "no finished erased model"),
+        (["--concept", "gun", "--restore", "gun"], "--restore: goes with --compose"),
+        ([], "the following arguments are required: --concept"),
+    ):
+        assert wanted in refused(capsys, *line, *dry), line
+    shutil.rmtree(parts[1])
+    assert "is gone or has changed" in refused(capsys, "--compose", both, *dry)

@@ -1,0 +1,89 @@
+"""Erased folders put together without learning gates again: what any of them closes is closed, and
+the open weights are mended once for all of them.
+
+    python erase.py --compose erased/gun erased/knife --out_dir erased/both
+    python erase.py --compose erased/both --restore gun --out_dir erased/knife_only
+"""
+
+from pathlib import Path
+
+import artefacts
+import models
+import promptfiles
+from safely import UserError
+
+
+def add_flags(parser) -> None:
+    help = "instead of --concept: erased folders whose masks become one, mended together"
+    parser.add_argument("--compose", nargs="+", type=Path, help=help)
+    help = "of what --compose names, the concepts that are to be drawn again"
+    parser.add_argument("--restore", nargs="+", default=[], help=help)
+
+
+def parts_of(folders: list[Path], restore=()) -> list[Path]:
+    """The folders, of a composed one its parts instead, without those that erase what `restore`
+    names. Raises UserError for one that is not finished or has changed since it was composed."""
+    parts = {}  # {folder: the concepts it erases}
+    for folder in folders:
+        config = artefacts.erased_config(folder)
+        mask = folder / "mask.safetensors"
+        if not config or not mask.is_file():
+            raise UserError(f"--compose: {folder}: no finished erased model")
+        for name, known in config.get("parts", {}).items():
+            file = Path(models.local_name(name)) / "mask.safetensors"
+            if not file.is_file() or artefacts.digest(file) != known:
+                raise UserError(f"--compose: {name}, a part of {folder}, is gone or has changed")
+            parts[file.parent] = artefacts.erased_config(file.parent)["concept"]
+        if not config.get("parts"):
+            parts[folder] = config["concept"]
+    for concept in restore:
+        holding = [folder for folder, concepts in parts.items() if concept in concepts]
+        if not holding:
+            raise UserError(f"--restore: none of the folders erases {concept!r}")
+        for folder in holding:
+            if len(parts[folder]) > 1:
+                found = f"{folder} was trained for {', '.join(parts[folder])} together"
+                raise UserError(f"--restore: {found}, which cannot be told apart")
+            del parts[folder]
+    if not parts:
+        raise UserError("--restore: nothing is left to erase")
+    return list(parts)
+
+
+def fill(args) -> None:
+    """What the parts say takes the place of --concept, --model, --modules and --steps."""
+    for flag in ("concept", "kind", "neutral", "prompts", "model"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag}: comes from the folders that --compose names")
+    args.compose = parts_of(args.compose, args.restore)
+    configs = [artefacts.erased_config(folder) for folder in args.compose]
+    bases = {models.recorded(config): folder for config, folder in zip(configs, args.compose)}
+    if len(bases) > 1:
+        found = ", ".join(f"{folder} from {base}" for base, folder in bases.items())
+        raise UserError(f"--compose: other bases: {found}")
+    args.model = next(iter(bases))
+    args.concept = list(dict.fromkeys(name for config in configs for name in config["concept"]))
+    args.modules = list(dict.fromkeys(name for config in configs for name in config["modules"]))
+    args.steps = 0
+    args.heal = 1 if args.heal is None else args.heal
+
+
+def training_rows(args, folder: Path) -> promptfiles.Rows:
+    """Those that the parts were trained on, or, without parts, what the flags ask for."""
+    flags = {name: getattr(args, name) for name in promptfiles.FLAGS}
+    if not args.compose:
+        return promptfiles.training_rows(folder, **flags)
+    found = []
+    for part in args.compose:
+        config = artefacts.read_config(part)
+        known = {name: config.get(name) for name in ("concept", "kind", "neutral", "prompts")}
+        if known["prompts"]:
+            known["prompts"] = Path(known["prompts"])
+        found.append(promptfiles.training_rows(folder, **flags | known))
+    return promptfiles.together(found, args.concept)
+
+
+def composed(folders: list[Path], pipe) -> artefacts.Erasure:
+    """Their masks as one, without what mends each by itself."""
+    erasures = [artefacts.load_erasure(folder, pipe) for folder in folders]
+    return artefacts.joined(*erasures)._replace(lora={})
