@@ -338,11 +338,15 @@ def listing(folder: Path) -> str:
     return " ".join(path.name for path in visible(folder))
 
 
-def last_words(folder: Path, steps: int) -> str:
-    """What a finished run wrote, and what to do next."""
+def last_words(folder: Path, steps: int, left: list[str]) -> str:
+    """What a finished run wrote, and what to do next; `left`: the concepts that are still there."""
     lines = [f"wrote {folder}/: {listing(folder)}"]
-    if steps < 200:
+    if 0 < steps < 200:
         lines.append(f"after only {steps} steps few gates have closed yet: a trial, not a result")
+    if left:
+        advice = "more --steps, --heal_steps or --num_prompts, or a smaller --beta"
+        lines.append(f"warning: NOT ERASED: {', '.join(left)}; try {advice}")
+        return "\n".join(lines)
     preview = shlex.quote(str(folder / "preview.png"))
     lines.append(f"next: look at {preview}, then python evaluate.py {shlex.quote(str(folder))}")
     return "\n".join(lines)

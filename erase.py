@@ -389,7 +389,7 @@ def run(args) -> None:
     log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 
     # the text encoders encode all there is, and leave before the transformer comes
-    held_out = rows.held_out()
+    held_out = rows.held_out(len(args.concept))
     retain = [row["prompt"] for row in rows.retain]
     pairs = promptfiles.as_pairs(rows.pairs)
     tests = promptfiles.as_pairs(held_out["concept prompts"])
@@ -438,7 +438,8 @@ def run(args) -> None:
     pictures.save_card(args.out_dir, line, base, facts)
     erasure = erasure._replace(lora=heal.joined(erasure.lora, lora))
     artefacts.save(args.out_dir, args.save, args.model, kind, base, erasure)  # finished
-    print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps)}")
+    left = pictures.not_erased(errors, held_out, args.concept)
+    print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps, left)}")
 
 
 def main(argv=None) -> int:

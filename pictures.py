@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from promptfiles import mentions
 from safely import UserError, first_line, write_atomically, write_text
 
 
@@ -155,6 +156,17 @@ def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) ->
         f"{after:.4f} (residue {middle:.2f}, 95th percentile {high:.2f}), "
         f"to the base on retain prompts 0 -> {others:.4f}"
     )
+
+
+def not_erased(errors: dict, held_out: dict, concepts: list[str]) -> list[str]:
+    """The concepts of whose error on test prompts more than half is left. errors: as summary's."""
+    found = []
+    for concept in concepts:
+        rows = held_out["concept prompts"]
+        mine = [i for i, row in enumerate(rows) if mentions(concept, row["prompt"])]
+        if mine and errors["erased"][mine].sum() > 0.5 * errors["base"][mine].sum():
+            found.append(concept)
+    return found
 
 
 def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:

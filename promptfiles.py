@@ -231,11 +231,13 @@ class Rows(NamedTuple):
     tests: list[dict]
     retain_tests: list[dict]
 
-    def held_out(self, most: int = 32) -> dict[str, list]:
-        """{kind: at most `most` test rows}, the same whatever the run's seed."""
+    def held_out(self, concepts: int = 1) -> dict[str, list]:
+        """{kind: test rows}, 32, of concept prompts 8 a concept if that is more; the same whatever
+        the run's seed."""
         pick = random.Random("held out").sample
-        kinds = {"concept prompts": self.tests, "other prompts": self.retain_tests}
-        return {kind: pick(rows, min(most, len(rows))) for kind, rows in kinds.items()}
+        wanted = {"concept prompts": (self.tests, max(32, 8 * concepts))}
+        wanted |= {"other prompts": (self.retain_tests, 32)}
+        return {kind: pick(rows, min(most, len(rows))) for kind, (rows, most) in wanted.items()}
 
 
 def training_rows(
