@@ -177,7 +177,7 @@ def case_errors(
         def loss(final):
             return (weights[part].to(final.device) * squared_error(final, target)).sum()
 
-        with gated(pipe.transformer, gates), heal.adapted(pipe.transformer, lora or {}):
+        with heal.adapted(pipe.transformer, lora or {}), gated(pipe.transformer, gates):
             if torch.is_grad_enabled():
                 _, final = rollout_backward(pipe, prompts, seeds[part], loss, checkpoint, **call)
             else:
@@ -429,7 +429,7 @@ def run(args) -> None:
     for name, gates, change in (("base", {}, {}), ("erased", mask, lora)):
         with torch.no_grad():
             errors[name] = case_errors(pipe, tests, noises, gates, None, change, **how)
-        with gated(pipe.transformer, gates), heal.adapted(pipe.transformer, change):
+        with heal.adapted(pipe.transformer, change), gated(pipe.transformer, gates):
             sheet += pictures.draw_rows(pipe, name, held_out, call, args.micro_batch)
     pictures.save_preview(args.out_dir / "preview.png", sorted(sheet, key=lambda row: row[0]))
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))

@@ -1,5 +1,6 @@
-"""Mends the open weights after a mask: a LoRA on the layers that read gated activations, learnt by
-the same loss as the mask. differs from paper, which only closes neurons.
+"""Mends the open weights after a mask, and erases what it left: a LoRA on the layers that read
+gated activations and on those of the text, learnt by the same loss. differs from paper, which only
+closes neurons.
 
 A LoRA is {layer: (A, B)}, A (R, inputs), B (outputs, R): the layer gives W h + b + B A h. It learns
 end to end here; refit.py then fits it layer by layer. Its file has diffusers' names, for the base
@@ -27,17 +28,32 @@ from sites import gate_sites
 
 FORMAT = "minimalist-concept-erasure heal 2"
 ATTENTION = re.compile(r"(.*)\.(to_out(\.0)?|to_add_out)")  # what an attention gives to its stream
+# Where the text comes in, and its queries, keys, values and modulation: styles enter there.
+TEXT = re.compile(
+    r"context_embedder|txt_in(\.linear_[12])?|text_proj|caption_projection\.linear_[12]|"
+    r".*text_embedder\.linear_[12]|(.*\.)?cap(tion)?_embedder\.1|"
+    r".*\.(add_[qkv]_proj|norm1_context\.linear|txt_mod\.1)"
+)
 
 
-def open_layers(transformer) -> dict:
-    """{name: linear layer} that gets a LoRA, in all blocks: attention outputs, FFN outputs and, in
-    single blocks, what reads both."""
+def readers(transformer) -> dict:
+    """{name: linear layer} of all blocks' attention outputs, FFN outputs and, in single blocks,
+    what reads both: the layers that read gated activations, or what comes of them."""
     names = {site.consumer for site in gate_sites(transformer, ("ffn", "mlp")).values()}
     blocks = tuple(f"{block}." for block in blocks_of(transformer))
     found = {}
     for name, layer in transformer.named_modules():
         is_open = name in names or ATTENTION.fullmatch(name)
         if is_open and name.startswith(blocks) and isinstance(layer, torch.nn.Linear):
+            found[name] = layer
+    return found
+
+
+def open_layers(transformer) -> dict:
+    """{name: linear layer} that gets a LoRA: the readers, and those of the text."""
+    found = readers(transformer)
+    for name, layer in transformer.named_modules():
+        if TEXT.fullmatch(name) and isinstance(layer, torch.nn.Linear):
             found[name] = layer
     return found
 
@@ -79,7 +95,8 @@ def as_lora(flat, shapes: dict) -> dict:
 # ------------------------------------------------------------------------------------- in the model
 @contextlib.contextmanager
 def adapted(transformer, lora: dict):
-    """Adds the LoRA, the weights untouched. The `with` must last until after the backward."""
+    """Adds the LoRA, the weights untouched. The `with` must last until after the backward, and
+    begin before that of gates, which multiply what both make."""
 
     def add_change(layer, inputs, output, a, b):
         h = inputs[0].to(a.dtype)

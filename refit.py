@@ -1,5 +1,5 @@
-"""Fits the LoRA of heal.py again, in closed form: what the mask did to prompts that should stay is
-mended, layer by layer in the order of computation.
+"""Fits the LoRA of heal.py again, in closed form and layer by layer in the order of computation, on
+its `readers`: what was done to prompts that should stay is mended.
 
 A change D (outputs, inputs) of a layer's weight minimises
 
@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 
-from heal import ATTENTION, adapted, best_ranks, open_layers
+from heal import ATTENTION, adapted, best_ranks, readers
 from memory import blocks_of
 from recompute import replaced
 
@@ -39,7 +39,7 @@ def stages(transformer, state) -> list:
     blocks = blocks_of(transformer)
     called = []
     with contextlib.ExitStack() as hooks:
-        for name in (*blocks, *open_layers(transformer)):
+        for name in (*blocks, *readers(transformer)):
             layer = transformer.get_submodule(name)
             log = partial(lambda *_, name: called.append(name), name=name)
             hooks.enter_context(layer.register_forward_hook(log))
@@ -143,7 +143,7 @@ def refit(
     first_seed = NOISE + seed * 2**22
     kept = states(transformer, sample, retain, first_seed, batch)
     concept = concept * -(-PICTURES // len(concept))
-    with masked(), adapted(transformer, lora):
+    with adapted(transformer, lora), masked():
         erased = states(transformer, sample, concept, first_seed + 2**21, batch)
     every = [*kept, *erased]
     weights = [1.0] * len(kept) + [CONCEPT] * len(erased)
@@ -158,10 +158,10 @@ def refit(
 
         for done, names in stages(transformer, every[0]):
             targets = [*outputs(kept, teacher[: len(kept)], names, done)]
-            with masked(), adapted(transformer, before):
+            with adapted(transformer, before), masked():
                 targets += [*outputs(erased, teacher[len(kept) :], names, done)]
             sums = {}
-            with masked(), adapted(transformer, lora):
+            with adapted(transformer, lora), masked():
                 for state, memory, target, weight in zip(
                     every, student, targets, weights, strict=True
                 ):

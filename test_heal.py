@@ -69,7 +69,7 @@ def error(pipe, transformer, prompts, call) -> float:
 def layer_outputs(pipe, mask, lora, states) -> dict:
     """{layer: what it makes of all states, a row a token}."""
     transformer = erased(pipe.transformer, mask or {}, lora)
-    outputs = {name: [] for name in heal.open_layers(transformer)}
+    outputs = {name: [] for name in heal.readers(transformer)}
     with refit.replaying(transformer) as run:
         for _, names in refit.stages(transformer, states[0]):
             for state in states:
@@ -109,7 +109,7 @@ def test_hooks_are_as_weights(pipe, healed):
     halves = [{name: (a, b / 2) for name, (a, b) in lora.items()}] * 2
     wanted = final(pipe, erased(pipe.transformer, mask, lora), UNSEEN, CALL)
     for change in (lora, heal.joined(*halves)):
-        with erase.gated(pipe.transformer, mask), heal.adapted(pipe.transformer, change):
+        with heal.adapted(pipe.transformer, change), erase.gated(pipe.transformer, mask):
             found = final(pipe, pipe.transformer, UNSEEN, CALL)
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
     assert (found - final(pipe, pipe.transformer, UNSEEN, CALL)).abs().max() > 0.05
@@ -222,7 +222,7 @@ def test_families(name):
     mask = random_mask(pipe.transformer, 0.3, ("ffn",))
     how = dict(call=call, rank=1000, batch=16)
     lora = refitted(pipe, mask, {}, CONCEPT[:1], RETAIN[:4], **how)
-    assert set(lora) == set(heal.open_layers(pipe.transformer)) != set()
+    assert set(lora) == set(heal.readers(pipe.transformer)) != set()
     assert all(part.isfinite().all() for pair in lora.values() for part in pair)
     sample = partial(erase.rollout, pipe, **call)
     with torch.no_grad():
