@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from safely import UserError, check_regular, first_line, number
 
+PAIRS, STYLE_PAIRS = 20, 200  # of a style 20 are learned by heart
 FLAGS = ("concept", "kind", "neutral", "prompts", "retain", "num_prompts")
 KINDS = ("object", "style", "person")
 COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
@@ -45,8 +46,7 @@ def add_flags(parser) -> None:
     add(
         "--num_prompts",
         type=number(int, 1),
-        default=20,
-        help="training pairs per concept (%(default)s)",
+        help=f"training pairs per concept ({PAIRS}, of a style {STYLE_PAIRS}; fewer if there are)",
     )
 
 
@@ -241,7 +241,7 @@ class Rows(NamedTuple):
 
 
 def training_rows(
-    folder: Path, *, concept: list[str], num_prompts: int, kind=None, neutral=None, prompts=None,
+    folder: Path, *, concept: list[str], num_prompts=None, kind=None, neutral=None, prompts=None,
     retain=None,
 ) -> Rows:  # fmt: skip
     """The rows that these FLAGS ask for; where a file has no test rows, training rows stand in for
@@ -253,6 +253,7 @@ def training_rows(
         raise UserError("--neutral: starts or ends with a blank")
     if neutral and any(mentions(name, neutral) for name in concept):
         raise UserError(f"--neutral: {neutral!r} contains the concept")
+    vocabulary = known_words(folder)
     pairs = []
     tests = []
     for name in concept:
@@ -263,7 +264,9 @@ def training_rows(
         if not train:
             flag = "--prompts" if prompts else "--concept"
             raise UserError(f"{flag}: no training pairs for {name!r}")
-        pairs += train[:num_prompts]
+        known = vocabulary.get(bare(name).lower(), {}).get("kind")
+        most = STYLE_PAIRS if (kind or known) == "style" else PAIRS
+        pairs += train[: num_prompts or most]
         tests += of_split(rows, "test")
     file = retain or folder / "retain.csv"
     rows = without(concept, read_rows(file, "--retain", ("prompt", "evaluation_seed", "split")))
