@@ -1,5 +1,5 @@
-"""Erased folders put together without learning gates again: what any of them closes is closed, and
-the open weights are mended once for all of them.
+"""Erased folders put together without any training: what any of them closes is closed, what mends
+them adds up, and a ridge regression (refit.py) fits the sum to all of them.
 
     python erase.py --compose erased/gun erased/knife --out_dir erased/both
     python erase.py --compose erased/both --restore gun --out_dir erased/knife_only
@@ -65,7 +65,10 @@ def fill(args) -> None:
     args.concept = list(dict.fromkeys(name for config in configs for name in config["concept"]))
     args.modules = list(dict.fromkeys(name for config in configs for name in config["modules"]))
     args.steps = 0
-    args.heal = 1 if args.heal is None else args.heal
+    usual = dict(heal=1, heal_steps=0, refit_rank=64 * len(args.compose))
+    for flag, value in usual.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
 
 def training_rows(args, folder: Path) -> promptfiles.Rows:
@@ -83,7 +86,7 @@ def training_rows(args, folder: Path) -> promptfiles.Rows:
     return promptfiles.together(found, args.concept)
 
 
-def composed(folders: list[Path], pipe) -> artefacts.Erasure:
-    """Their masks as one, without what mends each by itself."""
-    erasures = [artefacts.load_erasure(folder, pipe) for folder in folders]
-    return artefacts.joined(*erasures)._replace(lora={})
+def composed(folders: list[Path], pipe) -> tuple[artefacts.Erasure, dict]:
+    """(their masks as one; the sum of what mends each)."""
+    both = artefacts.joined(*[artefacts.load_erasure(folder, pipe) for folder in folders])
+    return both._replace(lora={}), both.lora

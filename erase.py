@@ -383,8 +383,9 @@ def run(args) -> None:
 
     dtype = models.default_dtype(args.device, meta)
     pipe, base, earlier = artefacts.load_base(args.model, args.on, dtype)
+    lora = {}
     if args.compose:
-        earlier = compose.composed(args.compose, pipe)
+        earlier, lora = compose.composed(args.compose, pipe)
     workers.wait_for_everyone()  # all have looked at out_dir
     log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 
@@ -405,12 +406,11 @@ def run(args) -> None:
     mask = train(pipe, pairs, retain, **own, **learning, on_step=log)
     erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), earlier)
     mask = erasure.mask
-    lora = {}
-    if args.heal:  # differs from paper
+    lora = lora if args.heal else {}
+    if args.heal and args.heal_steps:  # differs from paper
         learn, latest = learner(pipe, pairs, retain, **learning)
-        learn = partial(learn, gates=mask)
         own = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
-        lora = heal.tune(pipe, learn, latest, *healed, log, **own)
+        lora = heal.tune(pipe, lora, partial(learn, gates=mask), latest, *healed, log, **own)
     if not is_first:
         return
     if args.heal and args.refit:

@@ -134,10 +134,11 @@ def best_ranks(change, rank: int) -> tuple:
     return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
 
 
-def tune(pipe, learn, latest, first_step, state, on_step, *, steps, lr, rank, seed=0):
-    """Learns the LoRA. Returns it. learn(name, leaf, lora=...) -> losses adds a step's gradient to
-    the leaf's, by errors that it keeps in `latest` (erase.learner). After each step
-    on_step(losses, state), if any, is called; first_step and state go on from there."""
+def tune(pipe, lora, learn, latest, first_step, state, on_step, *, steps, lr, rank, seed=0):
+    """Learns what to add to the LoRA ({}: none yet). Returns the sum. learn(name, leaf, lora=...)
+    adds a step's gradient to the leaf's and returns its losses; it keeps each case's error in
+    `latest` (erase.learner). After each step on_step(losses, state), if any, is called; first_step
+    and state go on from there."""
     shapes = shapes_of(pipe.transformer, rank)
     flat = start(pipe.transformer, rank, seed).to(pipe._execution_device).requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=lr, weight_decay=0.0)
@@ -150,14 +151,14 @@ def tune(pipe, learn, latest, first_step, state, on_step, *, steps, lr, rank, se
     for step in bar:
         began = time.time()
         optimizer.zero_grad()
-        losses = learn(f"{seed} heal {step}", flat, lora=as_lora(flat, shapes))
+        losses = learn(f"{seed} heal {step}", flat, lora=joined(lora, as_lora(flat, shapes)))
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.step()
         bar.set_postfix_str("erase {erase_loss:.4f}, preserve {preserve_loss:.4f}".format(**losses))
         if on_step:
             metrics = dict(step=step) | losses | dict(sec_per_step=round(time.time() - began, 3))
             on_step(metrics, dict(latest=latest, lora=flat.detach(), **optimizer.state[flat]))
-    return as_lora(flat.detach(), shapes)
+    return joined(lora, as_lora(flat.detach(), shapes))
 
 
 # ------------------------------------------------------------------------------------------ on disk
@@ -193,13 +194,13 @@ def load(path: Path, transformer, base: dict, mask: dict) -> dict:
             raise UserError(f"{path}: made for {key} {about.get(key)}, not {value}")
     lora = {}
     for name, layer in open_layers(transformer).items():
-        a, b = (tensors.pop(f"transformer.{name}.lora_{x}.weight", None) for x in "AB")
+        a, b = (tensors.get(f"transformer.{name}.lora_{x}.weight") for x in "AB")
         found = [list(part.shape) for part in (a, b) if part is not None]
         rank = found[0][:1] if found else []
-        if found != [[*rank, layer.in_features], [layer.out_features, *rank]]:
-            tensors[name] = None  # counts as one too many
-        lora[name] = a, b
-    if tensors:
+        if found == [[*rank, layer.in_features], [layer.out_features, *rank]]:
+            lora[name] = tensors.pop(f"transformer.{name}.lora_A.weight"), b
+            del tensors[f"transformer.{name}.lora_B.weight"]
+    if tensors or not lora:
         raise UserError(f"{path}: its tensors are not those of this model's layers")
     for name, pair in lora.items():
         if not all(part.dtype == torch.float32 and part.isfinite().all() for part in pair):

@@ -138,7 +138,7 @@ def test_end_to_end(pipe):
 
         learn = partial(learn, gates=mask)
         own = dict(steps=steps, lr=5e-3, rank=4)
-        return heal.tune(pipe, learn, latest, first, state, keep, **own), rows, states
+        return heal.tune(pipe, {}, learn, latest, first, state, keep, **own), rows, states
 
     lora, losses, states = tuned()
     assert min(losses[-3:]) < 0.8 * losses[0]
