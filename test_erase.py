@@ -263,7 +263,7 @@ def test_revision_is_found_once(hub, tmp_path, capsys):
     for name, row in files.items():
         (tmp_path / name).write_text(f"{HEADER}{row}\n")
     line = f"--model a/b --prompts {tmp_path}/prompts --retain {tmp_path}/retain --device cpu"
-    line += " --concept gun --preset tiny --steps 1 --batch 1 --retain_batch 1 --harm 0 --lr_ffn 9"
+    line += " --concept gun --preset tiny --steps 1 --batch 1 --retain_batch 1 --harm 0 --lr_ffn 9 --heal 0"
     line += f" --out_dir {out}"
     line = [*line.split(), *[f"--{name}={value}" for name, value in SMALL.items()]]
     assert erase.main(line) == 0
