@@ -42,7 +42,7 @@ import pictures
 import promptfiles
 import recompute
 from artefacts import load_erased, load_mask  # noqa: F401 (for who imports this file)
-from flags import DEFAULTS, HEALING, LEARNING, PRESETS, parse_args
+from flags import DEFAULTS, LEARNING, PRESETS, parse_args
 from models import remember_prompts
 from refit import refit
 from safely import UserError, exit_code
@@ -401,9 +401,9 @@ def run(args) -> None:
     lowmem.place(pipe, args.device, args.quantize, args.offload, args.compile)
 
     learning = flags((*LEARNING, "micro_batch", "checkpoint")) | dict(call=call)
-    own = flags(name for name in DEFAULTS if name not in (*LEARNING, *HEALING))
-    own |= flags(("modules", "steps", "seed")) | dict(first_step=first_step, state=state)
-    mask = train(pipe, pairs, retain, **own, **learning, on_step=log)
+    own = flags((*DEFAULTS, "modules", "steps", "seed"))
+    own |= dict(first_step=first_step, state=state, on_step=log)
+    mask = train(pipe, pairs, retain, **own | learning)
     erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), earlier)
     mask = erasure.mask
     lora = lora if args.heal else {}

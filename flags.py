@@ -25,6 +25,9 @@ DEFAULTS = dict(
     hard=(0.0, 0.75, SHARE, "share of a step's prompts drawn by their latest error"),
     max_closed=(1.0, 0.01, SHARE, "share of the gates that may close"),
     harm=(0.0, 1.0, POSITIVE, "initial weight, times beta, of what closing each gate alone does"),
+)
+# differs from paper: what mends the open weights after the mask, in the same columns.
+HEALING = dict(
     heal=(0, 1, number(int, 0, 1), "1: then mend the open weights, as the next five say"),
     heal_steps=(200, 200, number(int, 0), "steps on a LoRA of the open weights, the same loss"),
     heal_lr=(2e-3, 2e-3, POSITIVE, "AdamW's learning rate there, which falls to 0"),
@@ -33,9 +36,6 @@ DEFAULTS = dict(
     refit_rank=(64, 64, COUNT, "the LoRA's rank after that"),
 )
 LEARNING = ("beta", "batch", "retain_batch", "hard")  # of the mask and of the LoRA
-HEALING = ("heal", "heal_steps", "heal_lr", "heal_rank", "refit", "refit_rank")
-LEARNING = ("beta", "batch", "retain_batch", "hard")  # of the mask and of the LoRA
-HEALING = ("heal", "heal_steps", "heal_lr", "heal_rank", "refit", "refit_rank")
 
 
 def parse_args(argv=None, text: str | None = None):
@@ -47,7 +47,7 @@ def parse_args(argv=None, text: str | None = None):
     models.add_flags(parser)
     add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
     add("--steps", type=COUNT, default=400, help="optimiser steps (%(default)s)")
-    for name, (paper, tiny, kind, help) in DEFAULTS.items():
+    for name, (paper, tiny, kind, help) in (DEFAULTS | HEALING).items():
         choices = RELAXATIONS if name == "gate" else None
         defaults = f"(paper: {paper}, tiny: {tiny})" if paper != tiny else f"({paper})"
         add(f"--{name}", type=kind, choices=choices, help=f"{help} {defaults}")
@@ -68,7 +68,7 @@ def parse_args(argv=None, text: str | None = None):
     args.model, args.on = artefacts.base_of(args.model, args.device)
     is_tiny = models.is_embedded(args.model)
     args.preset = args.preset or ("tiny" if is_tiny else "paper")
-    for name, columns in DEFAULTS.items():
+    for name, columns in (DEFAULTS | HEALING).items():
         if getattr(args, name) is None:
             setattr(args, name, columns[list(PRESETS).index(args.preset)])
     args.heal = int(args.heal and (args.heal_steps > 0 or args.refit > 0))

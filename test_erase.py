@@ -263,7 +263,8 @@ def test_revision_is_found_once(hub, tmp_path, capsys):
     for name, row in files.items():
         (tmp_path / name).write_text(f"{HEADER}{row}\n")
     line = f"--model a/b --prompts {tmp_path}/prompts --retain {tmp_path}/retain --device cpu"
-    line += " --concept gun --preset tiny --steps 1 --batch 1 --retain_batch 1 --harm 0 --lr_ffn 9 --heal 0"
+    line += " --concept gun --preset tiny --steps 1 --batch 1 --retain_batch 1 --harm 0 --heal 0"
+    line += " --lr_ffn 9"
     line += f" --out_dir {out}"
     line = [*line.split(), *[f"--{name}={value}" for name, value in SMALL.items()]]
     assert erase.main(line) == 0
@@ -671,7 +672,9 @@ def test_a_second_concept(erased, tmp_path, capsys, pipe):
     assert erase.main(line) == 0
     printed = capsys.readouterr().out
     assert f"model: {models.portable_name(str(erased))} (FluxPipeline)" in printed
-    assert f"next: look at '{out}/preview.png', then python evaluate.py '{out}'" in printed
+    assert "after only 4 steps" in printed and "warning: NOT ERASED: knife; try" in printed
+    words = artefacts.last_words(out, 400, [])
+    assert words.endswith(f"next: look at '{out}/preview.png', then python evaluate.py '{out}'")
     config = artefacts.read_config(out)
     assert config["concept"] == ["knife", "gun"] and config["model"] == "tiny/flux"
     assert read_subject([out], None, None, {}).concept == ["knife", "gun"]

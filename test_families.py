@@ -180,7 +180,9 @@ def test_training(name, tmp_path):
     for flag, text in rows.items():
         flags[flag] = tmp_path / f"{flag}.csv"
         flags[flag].write_text(f"{head}{text}\n")
-    flags |= dict(steps=2, batch=2, retain_batch=2, lr_ffn=9, lr_norm=9, harm=0, adam_eps=1e-12)
+    flags |= dict(
+        heal_steps=2, steps=2, batch=2, retain_batch=2, lr_ffn=9, lr_norm=9, harm=0, adam_eps=1e-12
+    )
     assert erase.main([f"--{flag}={value}" for flag, value in (flags | call).items()]) == 0
     assert json.loads((out / "config.json").read_text())["call"] == call
     loaded = rollout(erase.load_erased(out, "cpu"), call)
