@@ -226,36 +226,39 @@ def joined(*erasures: Erasure) -> Erasure:
     return Erasure(both, modules, heal.joined(*loras))
 
 
-def erased_transformer(model: str, kind: type, erasure: Erasure):
+def erased_transformer(model: str, kind: type, mask: dict, lora: dict | None = None):
     """The model's stored transformer, erased, in the dtype it is stored in."""
     transformer = models.stored_transformer(model, kind)
-    apply(transformer, erasure)
+    apply(transformer, Erasure(mask, lora=lora or {}))
     return transformer
+
+
+def save_folded(model: str, kind: type, mask: dict, folder: Path, lora: dict | None = None) -> None:
+    transformer = erased_transformer(model, kind, mask, lora)
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+    write_atomically(folder, transformer.save_pretrained)
 
 
 def save(out_dir: Path, form: str, model: str, kind: type, base: dict, erasure: Erasure) -> None:
     """What --save says, then what mends, and last the mask: a folder with it is finished."""
-    save_as(form, model, kind, erasure, out_dir)
     mask, modules, lora = erasure
+    save_as(form, model, kind, mask, out_dir, lora)
     if lora:
         heal.save(out_dir / "heal.safetensors", lora, base, mask)
     save_mask(out_dir / "mask.safetensors", mask, base, modules)
 
 
-def save_as(form: str, model: str, kind: type, erasure: Erasure, out_dir: Path) -> None:
+def save_as(
+    form: str, model: str, kind: type, mask: dict, out_dir: Path, lora: dict | None = None
+) -> None:
     """What --save says. A single file has diffusers' names, which ComfyUI's "Load Diffusion Model"
     takes for FLUX.1, SD3, AuraFlow and Z-Image by its source; it was not loaded there."""
-    if form == "mask":
-        return
-    transformer = erased_transformer(model, kind, erasure)
     if form == "single":
+        state = erased_transformer(model, kind, mask, lora).state_dict()
         path = out_dir / "transformer.safetensors"
-        state = transformer.state_dict()
         write_atomically(path, lambda temporary: save_file(state, temporary, dict(format="pt")))
-        return
-    folder = out_dir / "transformer"
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-    write_atomically(folder, transformer.save_pretrained)
+    if form in ("full", "pipeline"):
+        save_folded(model, kind, mask, out_dir / "transformer", lora)
     if form == "pipeline":
         base = models.folder_of(model)
         how = dict(ignore=shutil.ignore_patterns("*.bin"), copy_function=shutil.copyfile)

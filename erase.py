@@ -18,7 +18,6 @@ of all sites in a row, N cases; latents are (B, ...).
     python erase.py --concept gun --steps 400
 """
 
-import contextlib
 import json
 import math
 import random
@@ -46,7 +45,7 @@ from flags import DEFAULTS, LEARNING, PRESETS, parse_args
 from models import remember_prompts
 from refit import refit
 from safely import UserError, exit_code
-from sites import MODULES, TOKENS_FIRST, absent, fold, gate_sites, shaped  # noqa: F401
+from sites import MODULES, absent, fold, gate_sites, gated  # noqa: F401
 
 # Logits before training. There every relaxation is exactly 1, but for hard_concrete's noise.
 START = dict(sigmoid=4.0, hard_concrete=3.0, straight_through=3.0)
@@ -92,34 +91,6 @@ def split(flat, sites: dict) -> dict:
     """(G,) or (B, G) -> {site: (U,) or (B, U)}."""
     sizes = [site.units for site in sites.values()]
     return dict(zip(sites, flat.split(sizes, dim=-1), strict=True))
-
-
-@contextlib.contextmanager
-def gated(transformer, gates: dict):
-    """Multiplies each site's units by its gates: (U,), or (B, U) for a row a picture. The `with`
-    must last until after the backward. Raises ValueError for gates that do not fit."""
-    sites = gate_sites(transformer, MODULES)
-
-    def scale_input(layer, inputs, gate, tokens_first):
-        return (inputs[0] * shaped(gate, inputs[0], layer, True, tokens_first), *inputs[1:])
-
-    def scale_output(layer, inputs, output, gate):
-        return output * shaped(gate, output, layer, False)
-
-    with contextlib.ExitStack() as hooks:
-        for name, gate in gates.items():
-            if name not in sites or gate.shape[-1] != sites[name].units:
-                raise ValueError(f"{name}: {gate.shape[-1]} gates do not fit {sites.get(name)}")
-            if sites[name].consumer:
-                reader = transformer.get_submodule(name)
-                hook = partial(scale_input, gate=gate, tokens_first=name.endswith(TOKENS_FIRST))
-                hooks.enter_context(reader.register_forward_pre_hook(hook))
-                continue
-            for producer in sites[name].producers:
-                maker = transformer.get_submodule(producer)
-                hook = partial(scale_output, gate=gate)
-                hooks.enter_context(maker.register_forward_hook(hook))
-        yield
 
 
 def rollout(pipe, prompts, seeds, **call) -> torch.Tensor:
@@ -327,7 +298,7 @@ def train(
         closed = (logits <= threshold).float().mean().item()
         seconds = round(time.time() - began, 3)
         metrics = dict(step=step) | losses | dict(closed=closed, sec_per_step=seconds)
-        text = "erase {erase_loss:.4f}, preserve {preserve_loss:.4f}, {closed:.1%}"
+        text = "erase {erase_loss:.4f}, preserve {preserve_loss:.4f}, {closed:.1%} closed"
         bar.set_postfix_str(text.format(**metrics))
         if on_step:
             on_step(metrics, dict(latest=latest, logits=logits.detach(), **optimizer.state[logits]))

@@ -1,5 +1,7 @@
 """Where gates sit in a transformer: a table of layer names, and what follows from it."""
 
+import contextlib
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -109,6 +111,34 @@ def shaped(gate, x, layer, is_read: bool, tokens_first: bool = False):
     if is_convolution:
         gate = gate[..., None, None]
     return gate.to(x)
+
+
+@contextlib.contextmanager
+def gated(transformer, gates: dict):
+    """Multiplies each site's units by its gates: (U,), or (B, U) for a row a picture. The `with`
+    must last until after the backward. Raises ValueError for gates that do not fit."""
+    sites = gate_sites(transformer, MODULES)
+
+    def scale_input(layer, inputs, gate, tokens_first):
+        return (inputs[0] * shaped(gate, inputs[0], layer, True, tokens_first), *inputs[1:])
+
+    def scale_output(layer, inputs, output, gate):
+        return output * shaped(gate, output, layer, False)
+
+    with contextlib.ExitStack() as hooks:
+        for name, gate in gates.items():
+            if name not in sites or gate.shape[-1] != sites[name].units:
+                raise ValueError(f"{name}: {gate.shape[-1]} gates do not fit {sites.get(name)}")
+            if sites[name].consumer:
+                reader = transformer.get_submodule(name)
+                hook = partial(scale_input, gate=gate, tokens_first=name.endswith(TOKENS_FIRST))
+                hooks.enter_context(reader.register_forward_pre_hook(hook))
+                continue
+            for producer in sites[name].producers:
+                maker = transformer.get_submodule(producer)
+                hook = partial(scale_output, gate=gate)
+                hooks.enter_context(maker.register_forward_hook(hook))
+        yield
 
 
 def closed_slices(transformer, mask: dict):
