@@ -35,6 +35,11 @@ HEALING = dict(
     refit=(0.01, 0.01, POSITIVE, "strength of the ridge regression after it; 0: none"),
     refit_rank=(64, 64, COUNT, "the LoRA's rank after that"),
 )
+# What several concepts in one run get more of, of the preset tiny.
+GROWING = dict(
+    max_closed=lambda share, concepts: min(0.05, share * concepts),
+    heal_steps=lambda steps, concepts: round(steps * concepts**0.5),
+)
 LEARNING = ("beta", "batch", "retain_batch", "hard")  # of the mask and of the LoRA
 
 
@@ -71,6 +76,8 @@ def parse_args(argv=None, text: str | None = None):
     for name, columns in (DEFAULTS | HEALING).items():
         if getattr(args, name) is None:
             setattr(args, name, columns[list(PRESETS).index(args.preset)])
+            if name in GROWING and args.preset == "tiny":
+                setattr(args, name, GROWING[name](getattr(args, name), len(args.concept)))
     args.heal = int(args.heal and (args.heal_steps > 0 or args.refit > 0))
     args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
     args.out_dir = args.out_dir or artefacts.default_folder(args.concept)
