@@ -389,7 +389,7 @@ def run(args) -> None:
         masked = partial(gated, pipe.transformer, mask)
         concept = [prompt for prompt, _ in pairs]
         own = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed)
-        own |= dict(batch=args.micro_batch)
+        own |= dict(batch=args.micro_batch, with_text=bool(args.compose))
         lora = refit(pipe.transformer, sample, masked, lora, concept, retain, **own)
 
     # what it did, on prompts and noises that training never had; gated and folded are the same bits

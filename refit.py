@@ -1,5 +1,5 @@
-"""Fits the LoRA of heal.py again, in closed form and layer by layer in the order of computation, on
-its `readers`: what was done to prompts that should stay is mended.
+"""Fits the LoRA of heal.py again, in closed form and layer by layer in the order of computation:
+what was done to prompts that should stay is mended.
 
 A change D (outputs, inputs) of a layer's weight minimises
 
@@ -20,11 +20,12 @@ operations a layer, as much again for its ranks.
 
 import contextlib
 import itertools
+import re
 from functools import partial
 
 import torch
 
-from heal import ATTENTION, adapted, best_ranks, readers
+from heal import ATTENTION, TEXT, adapted, best_ranks, open_layers, readers
 from memory import blocks_of
 from recompute import replaced
 
@@ -33,13 +34,15 @@ PICTURES = 80  # of concept prompts, at least
 NOISE = 2**41  # seeds far from those of training and of any evaluation
 
 
-def stages(transformer, state) -> list:
+def stages(transformer, state, with_text: bool = False) -> list:
     """[(blocks before it, layers)] in the order of computation. No layer of a stage reads what
-    another one makes: they are the outputs of one attention, or of one block's FFNs."""
+    another one makes: they are the outputs of one attention, or of one block's FFNs, or the text's
+    queries, keys and values."""
     blocks = blocks_of(transformer)
+    layers = open_layers(transformer) if with_text else readers(transformer)
     called = []
     with contextlib.ExitStack() as hooks:
-        for name in (*blocks, *readers(transformer)):
+        for name in (*blocks, *layers):
             layer = transformer.get_submodule(name)
             log = partial(lambda *_, name: called.append(name), name=name)
             hooks.enter_context(layer.register_forward_hook(log))
@@ -47,6 +50,8 @@ def stages(transformer, state) -> list:
 
     def owner(name):
         attention = ATTENTION.fullmatch(name)
+        if TEXT.fullmatch(name):
+            return re.sub("add_[qkv]_proj$", "", name)
         return attention[1] if attention else ".".join(name.split(".")[:2])
 
     found, done = [], []
@@ -135,11 +140,13 @@ def states(transformer, sample, prompts, first_seed, batch) -> list:
 
 @torch.no_grad()
 def refit(
-    transformer, sample, masked, lora, concept, retain, *, strength, rank, batch=16, seed=0
-) -> dict:
+    transformer, sample, masked, lora, concept, retain,
+    *, strength, rank, batch=16, seed=0, with_text=False,
+) -> dict:  # fmt: skip
     """The LoRA fitted again, see above, on a picture of each retain prompt and PICTURES or more of
     the concept prompts. sample(prompts, seeds) draws them; masked() is a context with the mask's
-    gates. Raises RuntimeError where a weight is not finite."""
+    gates; with_text: the text's layers too, not only heal.readers, as where LoRAs were added up.
+    Raises RuntimeError where a weight is not finite."""
     first_seed = NOISE + seed * 2**22
     kept = states(transformer, sample, retain, first_seed, batch)
     concept = concept * -(-PICTURES // len(concept))
@@ -156,7 +163,7 @@ def refit(
                 rows = replay(state, names, done, memory)
                 yield {name: output for name, (_, output) in rows.items()}
 
-        for done, names in stages(transformer, every[0]):
+        for done, names in stages(transformer, every[0], with_text):
             targets = [*outputs(kept, teacher[: len(kept)], names, done)]
             with adapted(transformer, before), masked():
                 targets += [*outputs(erased, teacher[len(kept) :], names, done)]

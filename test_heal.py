@@ -69,9 +69,9 @@ def error(pipe, transformer, prompts, call) -> float:
 def layer_outputs(pipe, mask, lora, states) -> dict:
     """{layer: what it makes of all states, a row a token}."""
     transformer = erased(pipe.transformer, mask or {}, lora)
-    outputs = {name: [] for name in heal.readers(transformer)}
+    outputs = {name: [] for name in heal.open_layers(transformer)}
     with refit.replaying(transformer) as run:
-        for _, names in refit.stages(transformer, states[0]):
+        for _, names in refit.stages(transformer, states[0], True):
             for state in states:
                 for name, (_, output) in run(state, names, [], {}).items():
                     outputs[name].append(output)
@@ -204,7 +204,7 @@ def test_replay(name):
         state = refit.states(pipe.transformer, sample, RETAIN[:2], 0, 2)[0]
     memory = {}
     with torch.no_grad(), refit.replaying(pipe.transformer) as run:
-        for done, names in refit.stages(pipe.transformer, state):
+        for done, names in refit.stages(pipe.transformer, state, True):
             quick, whole = run(state, names, done, memory), run(state, names, [], {})
             assert set(quick) == set(whole) == set(names)
             for layer in names:
@@ -220,9 +220,9 @@ def test_families(name):
     models.remember_prompts(pipe)
     call |= dict(num_inference_steps=2)
     mask = random_mask(pipe.transformer, 0.3, ("ffn",))
-    how = dict(call=call, rank=1000, batch=16)
+    how = dict(call=call, rank=1000, batch=16, with_text=True)
     lora = refitted(pipe, mask, {}, CONCEPT[:1], RETAIN[:4], **how)
-    assert set(lora) == set(heal.readers(pipe.transformer)) != set()
+    assert set(lora) == set(heal.open_layers(pipe.transformer)) != set()
     assert all(part.isfinite().all() for pair in lora.values() for part in pair)
     sample = partial(erase.rollout, pipe, **call)
     with torch.no_grad():
