@@ -119,7 +119,8 @@ tags: [concept-erasure, text-to-image]
 {summary}
 
 Made by Minimalist Concept Erasure (ICML 2025, arXiv 2507.13386): {steps} steps on {pairs} prompt
-pairs and {retain} retain prompts, gates `{gate}` on {modules}, beta {beta}, seed {seed}. The errors
+pairs and {retain} retain prompts, gates `{gate}` on {modules}, beta {beta}, seed {seed}; then
+{healed}. The errors
 are mean squared errors of the final latents over {held_out} test prompts (of a file without any,
 training prompts) and noises that training never had, gates folded. Whether the concept is still
 *seen* is for a judge to say, not for this loss.
@@ -129,7 +130,8 @@ from erase import load_erased  # a stock diffusers pipeline
 pipe = load_erased({out_dir!r})
 pipe("a photo", {call}).images[0]
 ```
-`mask.safetensors` is the mask alone and fits only base weights with these fingerprints: {base};
+`mask.safetensors` is the mask alone, `heal.safetensors`, if it is there, the LoRA under it; both
+fit only base weights with these fingerprints: {base};
 `config.json` is the exact run; `preview.png` shows same-seed pairs on test prompts, which were
 never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the
 optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained, and beside
@@ -176,5 +178,9 @@ def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
     words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=str(folder), summary=line)
     base = ", ".join(f"{part} `{fingerprint}`" for part, fingerprint in base.items())
     words |= dict(modules=" and ".join(facts["modules"]), base=base)
+    words["healed"] = "the open weights were left as they are (`--heal 0`)"
+    if facts["heal"]:
+        learnt = "{heal_steps} steps on a LoRA of rank {heal_rank} of the open weights"
+        words["healed"] = f"{learnt}, refitted with strength {{refit}}".format(**facts)
     text = MODEL_CARD.format(**facts | words)
     write_text(folder / "README.md", text)
