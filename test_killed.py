@@ -1,6 +1,6 @@
 """A script killed at a random moment and started again ends in an uninterrupted run's bytes.
 
-KILLS=25 pytest test_killed.py -s    # kills in all, in turn of the four scripts
+KILLS=25 pytest test_killed.py -n 0 -s    # kills in all, in turn of the four scripts
 """
 
 import fcntl
