@@ -35,7 +35,8 @@ TIMES = rb'"sec_per_step": [\d.e-]+|"seconds": [\d.]+|"(drawing|all)": [\d.]+|in
 
 def arguments_of(script, erased, out: Path) -> list[str]:
     if script is erase:
-        return [*QUICK, "--steps", "3", "--out_dir", str(out)]
+        healing = ["--heal", "1", "--heal_steps", "3", "--refit", "0"]
+        return [*QUICK, "--steps", "3", *healing, "--out_dir", str(out)]
     if script is train:
         steps = [f"--{stage}_steps=2" for stage in train.STAGES]
         return [f"--work={out}/work", f"--out={out}/model", "--pictures=64", *steps]
@@ -51,7 +52,11 @@ def make_small():
     trials.UNRELATED = 2
     attacks.EFFORT = dict(quick=dict(mma=(2, 4)))
     held_out = promptfiles.Rows.held_out
-    promptfiles.Rows.held_out = lambda rows: held_out(rows, 2)
+
+    def few(rows, concepts=1):
+        return {kind: part[:2] for kind, part in held_out(rows).items()}
+
+    promptfiles.Rows.held_out = few
     train.SAVE_EVERY = 1
     train.text_corpus = lambda: ["a gun on a red background"] * 9
     # the emoji font may not be here
