@@ -52,9 +52,9 @@ def parts_of(folders: list[Path], restore=()) -> list[Path]:
 
 def fill(args) -> None:
     """What the parts say takes the place of --concept, --model, --modules and --steps."""
-    for flag in ("concept", "kind", "neutral", "prompts", "model"):
+    for flag in ("concept", "kind", "neutral", "prompts", "model", "modules", "steps"):
         if getattr(args, flag) is not None:
-            raise UserError(f"--{flag}: comes from the folders that --compose names")
+            raise UserError(f"--{flag}: does not go with --compose, whose folders say it")
     args.compose = parts_of(args.compose, args.restore)
     configs = [artefacts.erased_config(folder) for folder in args.compose]
     bases = {models.recorded(config): folder for config, folder in zip(configs, args.compose)}

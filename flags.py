@@ -51,12 +51,12 @@ def parse_args(argv=None, text: str | None = None):
     compose.add_flags(parser)
     models.add_flags(parser)
     add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
-    add("--steps", type=COUNT, default=400, help="optimiser steps (%(default)s)")
+    add("--steps", type=COUNT, help="optimiser steps of the mask (400)")
     for name, (paper, tiny, kind, help) in (DEFAULTS | HEALING).items():
         choices = RELAXATIONS if name == "gate" else None
         defaults = f"(paper: {paper}, tiny: {tiny})" if paper != tiny else f"({paper})"
         add(f"--{name}", type=kind, choices=choices, help=f"{help} {defaults}")
-    add("--modules", nargs="+", choices=MODULES, default=["ffn", "norm"], help="(ffn norm)")
+    add("--modules", nargs="+", choices=MODULES, help="what gets gates (ffn norm)")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     lowmem.add_flags(parser)
     artefacts.add_flags(parser)
@@ -68,6 +68,8 @@ def parse_args(argv=None, text: str | None = None):
         parser.error("--restore: goes with --compose")
     elif not args.concept:
         parser.error("the following arguments are required: --concept")
+    args.steps = 400 if args.steps is None else args.steps
+    args.modules = args.modules or ["ffn", "norm"]
 
     args.device = args.device or models.default_device()
     args.model, args.on = artefacts.base_of(args.model, args.device)

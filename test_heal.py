@@ -401,8 +401,9 @@ def test_compose(pipe, request, few, tmp_path, capsys):
     dry = ["--dry_run", "--out_dir", tmp_path / "no"]
     for line, wanted in (
         (["--compose", both, "--restore", "dog"], "--restore: none of the folders erases 'dog'"),
-        (["--compose", both, "--concept", "gun"], "--concept: comes from the folders"),
-        (["--compose", both, "--model", "tiny/flux"], "--model: comes from the folders"),
+        (["--compose", both, "--concept", "gun"], "--concept: does not go with"),
+        (["--compose", both, "--model", "tiny/flux"], "--model: does not go with"),
+        (["--compose", both, "--steps", "9"], "--steps: does not go with --compose"),
         (["--compose", alone, "--restore", "knife"], "--restore: nothing is left to erase"),
         (["--compose", tmp_path], "no finished erased model"),
         (["--concept", "gun", "--restore", "gun"], "--restore: goes with --compose"),
