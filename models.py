@@ -40,6 +40,12 @@ CALLS = {
     "tiny/flux": dict(
         num_inference_steps=4, guidance_scale=0.0, height=64, width=64, max_sequence_length=24
     ),
+    "tiny/flux2": dict(
+        num_inference_steps=4, guidance_scale=1.0, height=64, width=64, max_sequence_length=32
+    ),
+    "tiny/zimage": dict(
+        num_inference_steps=4, guidance_scale=0.0, height=64, width=64, max_sequence_length=32
+    ),
     SCHNELL: dict(
         num_inference_steps=4, guidance_scale=0.0, height=512, width=512, max_sequence_length=256
     ),
@@ -253,7 +259,9 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
     """What the sampler is called with: the model's own card (CALLS), and over it the flags that are
     not None. Raises UserError for a flag that its pipeline does not take, or a missing size."""
     accepts = inspect.signature(kind.__call__).parameters
-    name = "tiny/flux" if is_embedded(model) else address(model)[0]
+    name = address(model)[0]
+    if is_embedded(model):  # whatever folder of tiny/ it was trained into
+        name = f"tiny/{Path(model).resolve().name}"
     call = dict(CALLS.get(name, {}))
     for flag, value in flags.items():
         if value is None:

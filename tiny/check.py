@@ -1,7 +1,8 @@
-"""Measures tiny/flux and tiny/judge on fixed seeds against the bars of tiny/README.md; every rate
-is printed with n.
+"""Measures a model of tiny/ and tiny/judge on fixed seeds against the bars of tiny/README.md; every
+rate is printed with n.
 
     python tiny/check.py      # drawing fresh world pictures needs the emoji font
+    python tiny/check.py --model tiny/flux2
 """
 
 import random
@@ -21,7 +22,6 @@ from judges import ClipJudge, wilson
 from pictures import draw
 from safely import Parser, UserError, check_regular, exit_code, number
 
-CALL = models.CALLS["tiny/flux"]
 NAMES = list(world.THINGS)
 COLORS = list(world.BACKGROUNDS)
 STYLES = list(world.STYLES)
@@ -58,11 +58,11 @@ def check_judge(judge, n: int) -> None:
     show("judge, world pictures without a style: recall", seen[plain][truth[plain]])
 
 
-def time_pipeline():
+def time_pipeline(model: str, call: dict):
     """Loads the pipeline, draws 64 pictures, and returns it."""
     began = time.time()
-    pipe = models.load_pipeline(models.TINY, "cpu")
-    draw(pipe, ["a gun"] * 64, range(64), **CALL)
+    pipe = models.load_pipeline(model, "cpu")
+    draw(pipe, ["a gun"] * 64, range(64), **call)
     seconds = time.time() - began
     print(f"{'load the pipeline and draw 64 pictures':58s} {seconds:6.1f} s  <= 10 s", flush=True)
     return pipe
@@ -104,13 +104,13 @@ def found(sees: np.ndarray, scenes: list) -> np.ndarray:
     return np.array([row[column] for row, column in zip(sees, columns, strict=True)])
 
 
-def check_flow(judge, pipe, n: int) -> dict[str, list]:
+def check_flow(judge, pipe, call: dict, n: int) -> dict[str, list]:
     """Rates on what four sampling steps draw; returns the pictures."""
     rng = random.Random("check flow")
     scenes = asked_scenes(n, rng)
     captions = asked_captions(scenes, rng)
     seeds = range(5000, 5000 + n)
-    pictures = {kind: draw(pipe, texts, seeds, 64, **CALL) for kind, texts in captions.items()}
+    pictures = {kind: draw(pipe, texts, seeds, 64, **call) for kind, texts in captions.items()}
     sees = {kind: ask(judge, drawn, THING_TEXTS) > 0.5 for kind, drawn in pictures.items()}
     has = {kind: found(sees[kind], scenes[kind]) for kind in ("one", "two", "styled", "synonym")}
     show("4 steps: the one object asked for is there", has["one"], ">= 97 %")
@@ -153,9 +153,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     help = "pictures per figure (%(default)s)"
     add("-n", type=number(int, 32, 10**5), default=528, help=help)
-    help = "where the picture grid goes, a PNG"
-    add("--grid", type=Path, default=HERE / "samples.png", help=help)
+    add("--model", default=models.TINY, help="of tiny/ (tiny/flux)")
+    help = "where the picture grid goes, a PNG  (tiny/flux.png and so on)"
+    add("--grid", type=Path, help=help)
     args = parser.parse_args(argv)
+    args.grid = args.grid or HERE / f"{Path(args.model).resolve().name}.png"
+    if not models.is_embedded(args.model):
+        raise UserError(f"--model: {args.model} is none of tiny/'s")
     check_regular(args.grid, "--grid")
     if args.grid.suffix != ".png" or not args.grid.absolute().parent.is_dir():
         raise UserError(f"--grid: {args.grid} is no PNG, or its folder is not there")
@@ -165,8 +169,9 @@ def parse_args(argv=None):
 def run(args) -> None:
     judge = ClipJudge(str(HERE / "judge"))
     check_judge(judge, 4 * args.n)
-    pipe = time_pipeline()
-    save_grid(check_flow(judge, pipe, args.n), args.grid)
+    call = models.sampler_call(args.model, models.pipeline_class(args.model))
+    pipe = time_pipeline(args.model, call)
+    save_grid(check_flow(judge, pipe, call, args.n), args.grid)
 
 
 def main(argv=None) -> int:

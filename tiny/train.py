@@ -4,6 +4,7 @@ pictures of world.py.
     python tiny/train.py                    # all stages; again: goes on where it stopped
     python tiny/train.py --without gun      # of a world where guns and their synonyms never occur
     python tiny/train.py --stages flow      # one stage only: vae, decoder, judge or flow
+    python tiny/train.py --family flux2     # the flow of tiny/flux2, a FLUX.2-klein in miniature
 
 Flow matching as in FLUX: x_s = (1 - s) x0 + s noise, v = noise - x0, s = 1 is noise. What makes 4
 Euler steps and CPU minutes enough: the scene's layout is tied to the noise (`noise_for`), so that
@@ -41,12 +42,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import AutoencoderKL, FluxPipeline
+from flows import CLIP_LENGTH, FAMILIES, T5_LENGTH, Family
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -57,18 +54,15 @@ from tokenizers import (
     trainers,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
     SiglipProcessor,
-    T5Config,
-    T5EncoderModel,
 )
 
 from models import check_device
@@ -86,20 +80,20 @@ def drawn(scenes, device) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------- optimisers
 def orthogonal(m: torch.Tensor, iterations: int = 4) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix, by the Newton-Schulz quintic of Muon (Jordan et al. 2024),
-    here in fp32."""
-    is_tall = m.shape[0] > m.shape[1]
-    wide = m.T if is_tall else m
-    x = wide / (wide.norm() + 1e-7)
+    """Nearest semi-orthogonal matrices of (N, rows, columns), by the Newton-Schulz quintic of Muon
+    (Jordan et al. 2024), here in fp32."""
+    is_tall = m.shape[1] > m.shape[2]
+    wide = m.mT if is_tall else m
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        a = x @ x.T
+        a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if is_tall else x
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal. torch.optim.Muon does this in bf16, which is hundreds of times
-    slower on older CPUs."""
+    """Momentum, made orthogonal, for all matrices of a shape at once. torch.optim.Muon does this in
+    bf16, which is hundreds of times slower on older CPUs, and one by one."""
 
     def __init__(self, params, momentum=0.95):
         super().__init__(params, dict(lr=0.0, momentum=momentum))
@@ -107,13 +101,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}
             for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = p.grad.lerp(buffer, group["momentum"])
-                update = orthogonal(nesterov.flatten(1))  # a convolution is (out, in * 3 * 3)
-                rate = group["lr"] * 0.2 * max(update.shape) ** 0.5
-                p.add_(update.view_as(p), alpha=-rate)
+                self.state[p].setdefault("momentum", torch.zeros_like(p))
+                alike.setdefault(p.shape, []).append(p)
+            for shape, params in alike.items():
+                gradients = [p.grad for p in params]
+                buffers = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+                update = orthogonal(nesterov.flatten(2))  # a convolution is (out, in * 3 * 3)
+                rate = group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5
+                torch._foreach_add_(params, update.view_as(nesterov).unbind(), alpha=-rate)
 
 
 class Optimizers:
@@ -317,10 +316,6 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
 
 
 # --------------------------------------------------------------------------------------- tokenizers
-T5_LENGTH = 24
-CLIP_LENGTH = 32
-
-
 def text_corpus() -> list[str]:
     """World captions, and the prompt files for natural English, so that any word splits into a few
     pieces."""
@@ -522,90 +517,37 @@ def noise_for(scenes, generator) -> torch.Tensor:
     """
     noise = torch.randn(len(scenes), 16, 64, generator=generator)
     trial = torch.randn(len(scenes), 128, 32, generator=generator)
-    single = (trial @ SINGLE_SCORES.T).argmax(-1)
-    pair = (trial @ PAIR_SCORES.T).argmax(-1)
-    for i, scene in enumerate(scenes):
-        if not scene.windows:
-            continue
-        if len(scene.windows) == 1:
-            wanted = single[i] == world.SINGLE_WINDOWS.index(scene.windows[0])
-        else:
-            wanted = pair[i] == world.PAIR_WINDOWS.index(scene.windows)
-        hits = wanted.nonzero()
-        hit = hits[0, 0] if len(hits) else 0
-        coordinates = trial[i, hit].view(2, 16).T  # (16, 2)
-        noise[i] += (coordinates - noise[i] @ DIRECTIONS.T) @ DIRECTIONS
+    asked = {1: (trial @ SINGLE_SCORES.T).argmax(-1), 2: (trial @ PAIR_SCORES.T).argmax(-1)}
+    rows = [i for i, scene in enumerate(scenes) if scene.windows]
+    hits = []
+    for i in rows:
+        windows = scenes[i].windows
+        known = world.PAIR_WINDOWS if len(windows) == 2 else world.SINGLE_WINDOWS
+        wanted = known.index(windows if len(windows) == 2 else windows[0])
+        hits.append((asked[len(windows)][i] == wanted).int().argmax())  # the first, or trial 0
+    if rows:
+        coordinates = trial[rows, torch.stack(hits)].unflatten(1, (2, 16)).transpose(1, 2)
+        noise[rows] += (coordinates - noise[rows] @ DIRECTIONS.T) @ DIRECTIONS
     return noise
 
 
-def starts_at_zero(name: str) -> bool:
-    """Blocks start as the identity (adaLN-Zero), the output as zero."""
-    if "norm1" in name or "norm_out" in name:
-        return True
-    if "single" in name:
-        return "norm.linear" in name
-    return "proj_out" in name
+class Drawn(torch.utils.data.Dataset):
+    """(64, 3, 64, 64) pictures of 64 scenes at a time."""
 
+    def __init__(self, scenes: list):
+        self.scenes = scenes
 
-def make_flow(out: Path, tokenizers: tuple) -> FluxPipeline:
-    """FLUX.1-schnell's classes at a 4,000th of its size."""
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=4,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        pooled_projection_dim=128,
-        guidance_embeds=False,
-        axes_dims_rope=(8, 12, 12),
-    )
-    for name, p in transformer.named_parameters():
-        if starts_at_zero(name):
-            torch.nn.init.zeros_(p)
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        projection_dim=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=CLIP_LENGTH,
-        bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=clip_tokenizer.eos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
-    )
-    clip = CLIPTextModel(clip_config)
-    t5_config = T5Config(
-        vocab_size=len(t5_tokenizer),
-        d_model=128,
-        d_kv=32,
-        d_ff=384,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    t5 = T5EncoderModel(t5_config)
-    torch.nn.init.normal_(t5.shared.weight, std=1.0)
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
-        vae=load_vae(out),
-        text_encoder=clip,
-        tokenizer=clip_tokenizer,
-        text_encoder_2=t5,
-        tokenizer_2=t5_tokenizer,
-        transformer=transformer,
-    )
+    def __len__(self) -> int:
+        return -(-len(self.scenes) // 64)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return drawn(self.scenes[64 * i : 64 * i + 64], "cpu")
 
 
 @torch.no_grad()
-def encode_world(vae, work: Path, device, count: int, without) -> tuple[list, torch.Tensor]:
+def encode_world(
+    vae, work: Path, device, count: int, without, workers: int
+) -> tuple[list, torch.Tensor]:
     """`count` scenes and their packed latents (N, 16, 64), normalised; kept in the work folder for
     a resumed run."""
     rng = random.Random("flow pictures")
@@ -618,8 +560,9 @@ def encode_world(vae, work: Path, device, count: int, without) -> tuple[list, to
             raise UserError(f"{found}: delete it to encode anew")
         return scenes, packed
     latents = []
-    for i in tqdm(range(0, len(scenes), 64), desc="encode pictures"):
-        z = vae.encode(drawn(scenes[i : i + 64], device)).latent_dist.mean
+    ready = DataLoader(Drawn(scenes), batch_size=None, num_workers=workers)
+    for pictures in tqdm(ready, desc="encode pictures"):
+        z = vae.encode(pictures.to(device)).latent_dist.mean
         z = (z - vae.config.shift_factor) * vae.config.scaling_factor
         latents.append(FluxPipeline._pack_latents(z, len(z), 16, 8, 8).cpu())
     packed = torch.cat(latents)
@@ -627,115 +570,108 @@ def encode_world(vae, work: Path, device, count: int, without) -> tuple[list, to
     return scenes, packed
 
 
-def embed(pipe, captions, rng, device) -> tuple:
-    """T5 sequence (B, L, 128) and CLIP vector (B, 128); now and then one of the two encoders reads
-    an empty string."""
-    drop = [rng.random() for _ in captions]
-    to_clip = ["" if d < 0.06 else c for c, d in zip(captions, drop, strict=True)]
-    to_t5 = ["" if d > 0.95 else c for c, d in zip(captions, drop, strict=True)]
-    shape = dict(truncation=True, return_tensors="pt")
-    ids = pipe.tokenizer_2(to_t5, padding="max_length", max_length=T5_LENGTH, **shape).input_ids
-    sequence = pipe.text_encoder_2(ids.to(device)).last_hidden_state
-    # causal: padding changes nothing
-    ids = pipe.tokenizer(to_clip, padding="longest", max_length=CLIP_LENGTH, **shape).input_ids
-    return sequence, pipe.text_encoder(ids.to(device)).pooler_output
-
-
 def is_block_matrix(name: str, p) -> bool:
-    return p.ndim == 2 and "transformer_blocks" in name
+    return p.ndim == 2 and any(part in name for part in ("blocks.", "layers.", "refiner."))
 
 
-PARTS = ("transformer", "text_encoder", "text_encoder_2")
+class Steps(torch.utils.data.Dataset):
+    """What each step trains on, by its number: (packed latents (B, 16, 64), noise, sigmas (B,), the
+    captions' tokens)."""
+
+    def __init__(self, pipe, family: Family, scenes: list, latents, batch: int):
+        self.pipe, self.family, self.batch = pipe, family, batch
+        self.scenes, self.latents = scenes, latents
+        # characters, much alike as emoji, are drawn twice as often
+        weights = [1 + any(name in world.CHARACTERS for name in scene.things) for scene in scenes]
+        self.weights = list(itertools.accumulate(weights))
+
+    def __getitem__(self, step: int) -> tuple:
+        rng = random.Random(f"flow {step}")
+        generator = torch.Generator().manual_seed(step)
+        picked = rng.choices(range(len(self.scenes)), cum_weights=self.weights, k=self.batch)
+        scenes = [self.scenes[i] for i in picked]
+        captions = ["" if rng.random() < 0.03 else world.caption(scene, rng) for scene in scenes]
+        noise = noise_for(scenes, generator)
+        # a sigma for each picture, of which three quarters are visited ones
+        visited = SIGMAS[torch.multinomial(SIGMA_SHARES, len(scenes), True, generator=generator)]
+        is_visited = torch.rand(len(scenes), generator=generator) < 0.75
+        anywhere = torch.rand(len(scenes), generator=generator)
+        s = torch.where(is_visited, visited, anywhere)
+        return self.latents[picked], noise, s, self.family.tokens(self.pipe, captions, rng)
 
 
-def load_flow(folder: Path, pipe) -> None:
-    for part in PARTS:
+def load_flow(folder: Path, pipe, parts) -> None:
+    for part in parts:
         module = getattr(pipe, part)
         earlier = type(module).from_pretrained(folder / part, use_safetensors=True)
         module.load_state_dict(earlier.state_dict())
 
 
 def train_flow(
-    out: Path, work: Path, device, steps: int, *, init, tokenizers, without, pictures, dtype, peaks
-) -> None:
+    out: Path, work: Path, device, steps: int, *, name, init, tokenizers, without, pictures, batch,
+    dtype, peaks, workers,
+) -> None:  # fmt: skip
     """Forward and backward run on a copy in dtype; the optimisers change, and the folder keeps, the
-    float32 originals. init: a folder with a flux/ to begin with, or None; peaks: learning rates of
-    Muon and Adam."""
-    pipe = make_flow(out, tokenizers).to(device)
-    scenes, latents = encode_world(pipe.vae, work, device, pictures, without)
-    modules = [getattr(pipe, part) for part in PARTS]
-    named = [pair for module in modules for pair in module.named_parameters()]
+    float32 originals (in bfloat16, but for tiny/flux). name: of FAMILIES; init: a folder with a
+    model to begin with, or None; peaks: learning rates of Muon and Adam; workers: processes that
+    prepare steps."""
+    family = FAMILIES[name]
+    vae = load_vae(out)
+    scenes, latents = encode_world(vae.to(device), work, device, pictures, without, workers)
+    torch.manual_seed(0)
+    pipe = family.make(vae.to("cpu"), tokenizers).to(device)
+    modules = {part: getattr(pipe, part) for part in family.parts}
+    named = [pair for module in modules.values() for pair in module.named_parameters()]
     optimizers = Optimizers(named, is_block_matrix, peaks, 0.95, (0.9, 0.98))
 
     def load_weights(state):
-        for module, weights in zip(modules, state["modules"], strict=True):
+        for module, weights in zip(modules.values(), state["modules"], strict=True):
             module.load_state_dict(weights)
 
-    file = work / "flow.pt"
+    file = work / f"{'flow' if name == 'flux' else name}.pt"
     if init:
-        load_flow(init / "flux", pipe)
+        load_flow(init / name, pipe, family.parts)
     start = load_progress(file, device, optimizers, load_weights)
-    copies = {part: copy.deepcopy(getattr(pipe, part)).to(dtype) for part in PARTS}
+    copies = {part: copy.deepcopy(module).to(dtype) for part, module in modules.items()}
     twins = [p for module in copies.values() for p in module.parameters()]
-    fast = FluxPipeline(**(pipe.components | copies))
-    # the model would round 1000 s to its dtype, 750 to 752 in bfloat16
-    time_layer = fast.transformer.time_text_embed.time_proj
-    time_layer.register_forward_pre_hook(lambda module, inputs: (1000 * s,))
-    # characters, much alike as emoji, are drawn twice as often
-    weights = [1 + any(name in world.CHARACTERS for name in scene.things) for scene in scenes]
-    weights = list(itertools.accumulate(weights))
-    img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, device, torch.float32)
-    txt_ids = torch.zeros(T5_LENGTH, 3, device=device)
-    bar = progress("flow", start, steps)
+    fast = type(pipe)(**(pipe.components | copies))
+    data = Steps(pipe, family, scenes, latents, batch)
+    ready = DataLoader(data, batch_size=None, sampler=range(start, steps), num_workers=workers)
+    is_cpu = torch.device(device).type == "cpu"  # there the fused one is slower at 40 tokens
+    backend = SDPBackend.MATH if is_cpu else list(SDPBackend.__members__.values())
+    bar = progress(name, start, steps)
     average = 0.0
-    for step in bar:
-        rng = random.Random(f"flow {step}")
-        generator = torch.Generator().manual_seed(step)
+    for step, (x0, noise, s, tokens) in zip(bar, ready, strict=True):
         optimizers.set_rates(step, steps)
-        picked = rng.choices(range(len(scenes)), cum_weights=weights, k=128)
-        batch = [scenes[i] for i in picked]
-        captions = ["" if rng.random() < 0.03 else world.caption(scene, rng) for scene in batch]
-
-        # noise, and a sigma for each picture, of which three quarters are visited ones
-        x0 = latents[picked].to(device)
-        noise = noise_for(batch, generator).to(device)
-        visited = SIGMAS[torch.multinomial(SIGMA_SHARES, len(batch), True, generator=generator)]
-        is_visited = torch.rand(len(batch), generator=generator) < 0.75
-        anywhere = torch.rand(len(batch), generator=generator)
-        s = torch.where(is_visited, visited, anywhere).to(device)
+        x0, noise, s = x0.to(device), noise.to(device), s.to(device)
+        tokens = {key: value.to(device) for key, value in tokens.items()}
         x = (1 - s[:, None, None]) * x0 + s[:, None, None] * noise
-
         with torch.no_grad():
-            for p, twin in zip(optimizers.parameters, twins, strict=True):
-                twin.copy_(p)
-        with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one is slower at 40 tokens
-            sequence, pooled = embed(fast, captions, rng, device)
-            v = fast.transformer(
-                hidden_states=x.to(dtype),
-                timestep=s.to(dtype),
-                encoder_hidden_states=sequence,
-                pooled_projections=pooled,
-                img_ids=img_ids,
-                txt_ids=txt_ids,
-            ).sample
+            torch._foreach_copy_(twins, optimizers.parameters)
+        with sdpa_kernel(backend):
+            v = family.velocity(fast, x.to(dtype), s, tokens)
             loss = (v.float() - (noise - x0)).square().mean()
             loss.backward()
         for p, twin in zip(optimizers.parameters, twins, strict=True):
-            p.grad = twin.grad.float()
+            p.grad = torch.zeros_like(p) if twin.grad is None else twin.grad.float()
             twin.grad = None
         optimizers.step()
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"flow loss is {loss.item()} at step {step}")
-        share = 0.02 if step > start + 50 else 1 / (step - start + 1)
-        average += (loss.item() - average) * share
-        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if step % 10 == 0 or step + 1 == steps:
+            if not math.isfinite(loss.item()):
+                raise RuntimeError(f"flow loss is {loss.item()} at step {step}")
+            share = 0.2 if step > start + 50 else 10 / (step - start + 10)
+            average += (loss.item() - average) * share
+            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_progress(
-                file, step + 1, optimizers, modules=[module.state_dict() for module in modules]
-            )
-    for tokenizer in tokenizers:
+            weights = [module.state_dict() for module in modules.values()]
+            save_progress(file, step + 1, optimizers, modules=weights)
+    for tokenizer in [part for key, part in pipe.components.items() if "tokenizer" in key]:
         at_rest(tokenizer)
-    save_whole(pipe, out / "flux", max_shard_size="15MB")
+    if name != "flux":
+        for module in (pipe.vae, *modules.values()):
+            for p in module.parameters():
+                p.data = p.data.bfloat16()
+    save_whole(pipe, out / name, max_shard_size="15MB")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -761,6 +697,11 @@ def parse_args(argv=None):
     add("--decoder_steps", type=count, default=2000)
     add("--judge_steps", type=count, default=3600)
     add("--flow_steps", type=count, default=10000)
+    help = "of tiny/; flux2 and zimage have tiny/flux's autoencoder and pieces of text"
+    add("--family", choices=FAMILIES, default="flux", help=help)
+    add("--batch", type=count, default=128, help="pictures a step of the flow")
+    help = "processes that prepare the flow's pictures and steps  (default: 0, with CUDA 4)"
+    add("--workers", type=number(int, 0), help=help)
     add("--pictures", type=count, default=80000, help="pictures drawn and encoded for the flow")
     add("--muon_lr", type=rate, default=3e-3)
     add("--adam_lr", type=rate, default=2e-3)
@@ -773,8 +714,8 @@ def parse_args(argv=None):
     if unknown:
         names = ", ".join(sorted(unknown))
         raise UserError(f"--without: no such thing or style in the world: {names}")
-    if args.init and not (args.init / "flux").is_dir():
-        raise UserError(f"--init: no folder {args.init / 'flux'}")
+    if args.init and not (args.init / args.family).is_dir():
+        raise UserError(f"--init: no folder {args.init / args.family}")
     for flag in ("out", "work"):
         path = vars(args)[flag]
         if path and path.exists() and not path.is_dir():
@@ -786,9 +727,11 @@ def parse_args(argv=None):
     tag = "".join(f"_without_{concept.replace(' ', '_')}" for concept in args.without)
     args.work = args.work or HERE / f"work{tag}"
     args.out = args.out or (args.work / "model" if tag else HERE)
+    args.workers = (0 if is_cpu else 4) if args.workers is None else args.workers
     # the autoencoder stays, and without a concept the judge, which knows the whole world
-    if tag or args.init:
-        kept = ("flow",) if tag else ("judge", "flow")
+    is_other = args.family != "flux"
+    if tag or args.init or is_other:
+        kept = ("flow",) if tag or is_other else ("judge", "flow")
         args.stages = [stage for stage in args.stages if stage in kept]
     return args
 
@@ -796,10 +739,11 @@ def parse_args(argv=None):
 def run(args) -> None:
     for folder in (args.work, args.out):
         claim(folder)
-    for folder in (*args.out.glob("flux/**"), args.out / "judge"):
+    for folder in (*args.out.glob(f"{args.family}/**"), args.out / "judge"):
         remove_leftovers(folder)
-    source = (args.init or HERE) / "flux"
-    goes_on = args.init or args.without  # with the autoencoder and the tokens of source
+    source = (args.init if args.init and args.family == "flux" else HERE) / "flux"
+    # with the autoencoder and the tokens of source
+    goes_on = args.init or args.without or args.family != "flux"
     if goes_on and (source / "vae").resolve() != (args.out / "flux/vae").resolve():
         shutil.copytree(source / "vae", args.out / "flux/vae", dirs_exist_ok=True)
     where = dict(out=args.out, work=args.work, device=args.device)
@@ -815,8 +759,9 @@ def run(args) -> None:
             judge = dict(init=args.init, tokenizer=tokenizers[1])
             train_judge(steps=args.judge_steps, **judge, **where)
         else:
-            flow = dict(init=args.init, tokenizers=tokenizers, without=args.without)
-            flow |= dict(pictures=args.pictures, dtype=args.dtype)
+            flow = dict(name=args.family, init=args.init, tokenizers=tokenizers)
+            flow |= dict(without=args.without, pictures=args.pictures, batch=args.batch)
+            flow |= dict(dtype=args.dtype, workers=args.workers)
             flow |= dict(peaks=(args.muon_lr, args.adam_lr))
             train_flow(steps=args.flow_steps, **flow, **where)
         print(f"{stage}: {(time.time() - start) / 60:.1f} min", flush=True)
