@@ -5,6 +5,7 @@ All of them draw the same world with the same autoencoder's weights. Packed late
 FLUX's: 4 x 4 tokens, each of 16 channels x 2 x 2.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from typing import NamedTuple
@@ -127,14 +128,19 @@ def flux_tokens(pipe, captions, rng) -> dict:
     to_t5 = ["" if d > 0.95 else c for c, d in zip(captions, drop, strict=True)]
     shape = dict(truncation=True, return_tensors="pt")
     t5 = pipe.tokenizer_2(to_t5, padding="max_length", max_length=T5_LENGTH, **shape)
-    # causal: padding changes nothing
-    clip = pipe.tokenizer(to_clip, padding="longest", max_length=CLIP_LENGTH, **shape)
+    clip = pipe.tokenizer(to_clip, padding="max_length", max_length=CLIP_LENGTH, **shape)
     return dict(t5=t5.input_ids, clip=clip.input_ids)
 
 
-def flux_velocity(pipe, x, s, tokens):
-    device = x.device
+@functools.cache  # positions, here and below: a CUDA graph may copy nothing from the CPU
+def flux_ids(device) -> tuple:
+    """Those of text and of picture."""
     img_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, device, torch.float32)
+    return torch.zeros(T5_LENGTH, 3, device=device), img_ids
+
+
+def flux_velocity(pipe, x, s, tokens):
+    txt_ids, img_ids = flux_ids(x.device)
     with exact_time(pipe.transformer.time_text_embed.time_proj, s):
         return pipe.transformer(
             hidden_states=x,
@@ -142,7 +148,7 @@ def flux_velocity(pipe, x, s, tokens):
             encoder_hidden_states=pipe.text_encoder_2(tokens["t5"]).last_hidden_state,
             pooled_projections=pipe.text_encoder(tokens["clip"]).pooler_output,
             img_ids=img_ids,
-            txt_ids=torch.zeros(T5_LENGTH, 3, device=device),
+            txt_ids=txt_ids,
         ).sample
 
 
@@ -237,18 +243,24 @@ def make_flux2(vae, tokenizers: tuple) -> Flux2KleinPipeline:
     )
 
 
+@functools.cache
+def flux2_ids(device) -> tuple:
+    txt_ids = Flux2KleinPipeline._prepare_text_ids(torch.empty(1, QWEN_LENGTH, 1))
+    img_ids = Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 64, 4, 4))
+    return txt_ids[0].to(device), img_ids[0].to(device)
+
+
 def flux2_velocity(pipe, x, s, tokens):
     states = hidden_states(pipe, tokens)
     text = torch.cat([states[layer] for layer in (9, 18, 27)], dim=-1)
-    txt_ids = Flux2KleinPipeline._prepare_text_ids(text[:1]).to(x.device)
-    img_ids = Flux2KleinPipeline._prepare_latent_ids(x.new_empty(1, 64, 4, 4)).to(x.device)
+    txt_ids, img_ids = flux2_ids(x.device)
     with exact_time(pipe.transformer.time_guidance_embed.time_proj, s):
         return pipe.transformer(
             hidden_states=x,
             timestep=s.to(x.dtype),
             encoder_hidden_states=text,
-            txt_ids=txt_ids[0],
-            img_ids=img_ids[0],
+            txt_ids=txt_ids,
+            img_ids=img_ids,
         ).sample
 
 
@@ -284,12 +296,13 @@ def make_zimage(vae, tokenizers: tuple) -> ZImagePipeline:
 TOGETHER = 32  # the stock forward pads text and picture to multiples of this
 
 
-def places(first: int, *size: int) -> torch.Tensor:
+@functools.cache
+def places(device, first: int, *size: int) -> torch.Tensor:
     """(TOGETHER, 3) position ids of a grid that begins at `first`; those of padding are 0."""
     grid = torch.cartesian_prod(*[torch.arange(n) for n in size])
     ids = torch.zeros(TOGETHER, 3, dtype=torch.int32)
     ids[: len(grid)] = grid + torch.tensor([first, 0, 0])
-    return ids
+    return ids.to(device)
 
 
 def zimage_velocity(pipe, x, s, tokens):
@@ -301,11 +314,11 @@ def zimage_velocity(pipe, x, s, tokens):
     h = model.all_x_embedder["2-1"](patches)
     h = torch.cat([h, model.x_pad_token.expand(len(x), TOGETHER - 16, -1)], dim=1)
 
-    def turns(ids):
-        return model.rope_embedder(ids.to(x.device)).expand(len(x), -1, -1)
+    def turns(*grid):
+        return model.rope_embedder(places(x.device, *grid)).expand(len(x), -1, -1)
 
-    of_picture = turns(places(TOGETHER + 1, 1, 4, 4))
-    of_text = turns(places(1, TOGETHER, 1, 1))
+    of_picture = turns(TOGETHER + 1, 1, 4, 4)
+    of_text = turns(1, TOGETHER, 1, 1)
     for layer in model.noise_refiner:
         h = layer(h, None, of_picture, time)
     is_text = tokens["mask"].bool().unsqueeze(-1)

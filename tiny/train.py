@@ -54,6 +54,7 @@ from tokenizers import (
     trainers,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
@@ -600,6 +601,19 @@ class Steps(torch.utils.data.Dataset):
         return self.latents[picked], noise, s, self.family.tokens(self.pipe, captions, rng)
 
 
+class Velocity(torch.nn.Module):
+    """The family's velocity(), of tensors alone, so that a CUDA graph can replay it."""
+
+    def __init__(self, family: Family, pipe, tokens: dict):
+        super().__init__()
+        self.family, self.pipe, self.names = family, pipe, list(tokens)
+        self.parts = torch.nn.ModuleList([getattr(pipe, part) for part in family.parts])
+
+    def forward(self, x, s, *tokens):
+        tokens = dict(zip(self.names, tokens, strict=True))
+        return self.family.velocity(self.pipe, x, s, tokens)
+
+
 def load_flow(folder: Path, pipe, parts) -> None:
     for part in parts:
         module = getattr(pipe, part)
@@ -641,17 +655,24 @@ def train_flow(
     backends = [SDPBackend.MATH]
     if not is_cpu:
         backends += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    x0, _, s, tokens = tree_map_only(torch.Tensor, lambda part: part.to(device), data[start])
+    velocity = Velocity(family, fast, tokens)
+    with sdpa_kernel(backends):
+        if not is_cpu:  # a step is thousands of small kernels
+            like = (x0.to(dtype), s, *tokens.values())
+            how = dict(allow_unused_input=True)
+            velocity = torch.cuda.make_graphed_callables(velocity, like, **how)
     bar = progress(name, start, steps)
     average = 0.0
     for step, (x0, noise, s, tokens) in zip(bar, ready, strict=True):
         optimizers.set_rates(step, steps)
         x0, noise, s = x0.to(device), noise.to(device), s.to(device)
-        tokens = {key: value.to(device) for key, value in tokens.items()}
+        tokens = {key: value.to(device, non_blocking=True) for key, value in tokens.items()}
         x = (1 - s[:, None, None]) * x0 + s[:, None, None] * noise
         with torch.no_grad():
             torch._foreach_copy_(twins, optimizers.parameters)
         with sdpa_kernel(backends):
-            v = family.velocity(fast, x.to(dtype), s, tokens)
+            v = velocity(x.to(dtype), s, *tokens.values())
             loss = (v.float() - (noise - x0)).square().mean()
             loss.backward()
         for p, twin in zip(optimizers.parameters, twins, strict=True):
