@@ -178,7 +178,7 @@ def test_damaged_weights_are_no_success(tmp_path, capsys):
 
 
 BAD = [
-    ("no_such_folder", "no_such_folder: no config.json"),
+    ("no_such_folder", "no_such_folder: no such file or folder"),
     ("ERASED --attack magic", "argument --attack: invalid choice: 'magic'"),
     ("ERASED --concept cat", "--concept: 'cat' is not what"),
     ("ERASED --num_prompts 0", "--num_prompts: must be between 1 and"),
