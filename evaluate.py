@@ -224,9 +224,9 @@ def measure(evaluation: Evaluation, device) -> dict | None:
         return None
 
     results = dict(base=results["base"]) | evaluation.earlier | results
-    known = read_json(out_dir / "scores.json")
-    known = {name: known.get(name, {}) for name in evaluation.earlier}
-    write_json(out_dir / "scores.json", known | report.readable(scores))
+    before = read_json(out_dir / "scores.json")
+    before = {name: before.get(name, {}) for name in evaluation.earlier}
+    write_json(out_dir / "scores.json", before | report.readable(scores))
     report.write_report(results, about, evaluation.columns, cases, scores, out_dir)
     seconds = dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1))
     write_json(out_dir / "results.json", dict(about=about, results=results, seconds=seconds))

@@ -131,11 +131,12 @@ def load_pipeline(path: Path, base) -> tuple:
     if type(pipe) is not type(base):
         kinds = f"is a {type(pipe).__name__}, the base a {type(base).__name__}"
         raise UserError(f"{path}: {kinds}")
-    counts = []
+    counts = {}
     for name, part in base.components.items():
         if isinstance(part, torch.nn.Module):
-            counts.append(f"{name} {differing(getattr(pipe, name), part)}")
-    return pipe, f"whole pipeline, {', '.join(counts)} tensors differ"
+            counts[name] = differing(getattr(pipe, name), part)
+    counts = [f"{name} {count}" for name, count in counts.items() if not count.startswith("0 ")]
+    return pipe, f"whole pipeline, {', '.join(counts) or 'none of its'} tensors differ"
 
 
 def transformer_folder(path: Path, kind: str) -> Path | None:
