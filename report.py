@@ -63,7 +63,7 @@ def unlearning(figures: dict, base: dict) -> dict:
     CRA  cross-domain: what unrelated prompts name (others; for a style these are objects) and the
          backgrounds of the concept's pictures, of the base's; the mean of those that are asked
 
-    differs from the source: shares of the base's rates, for the base draws not everything.
+    differs from the source: shares of the base's rates, as the base itself does not draw all.
     """
     acc = figures.get("acc", {}).get("rate")
     kept = {}
