@@ -56,7 +56,7 @@ def picture_column(folder: Path, cases: list[Case]) -> Column:
     for case, row in zip(listed(cases), listing or (), strict=False):
         if not isinstance(row, dict) or case != {key: row.get(key) for key in case}:
             raise UserError(f"{folder}: its cases.json has other cases from {case['file']} on")
-    if any(folder.glob("*/*.png")):
+    if any((folder / case.set).is_dir() for case in cases):
         return Column(str(folder), folder, form="pictures in folders by set")
     named = {case.file: folder / f"{case.set}_{case.name}.png" for case in cases}
     if all(file.exists() for file in named.values()):

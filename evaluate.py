@@ -277,7 +277,7 @@ def parse_args(argv=None):
     add("--per_neighbour", type=number(int, 0), default=100, help=help)
     help = "more columns: the base drawn again, as many gates closed at random, and soft gates"
     add("--controls", action="store_true", help=help)
-    add("--out_dir", type=Path, help="(<folder>/eval, or compare/)")
+    add("--out_dir", type=Path, help="(<folder>/eval, results/<file>/eval, or compare/)")
     add("--batch", type=number(int, 1), help="pictures drawn at a time (tiny: 32, else 4)")
     models.add_flags(parser)  # by default as it was erased
     args = parser.parse_args(argv)

@@ -47,11 +47,11 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def home(path: Path) -> Path:
-    """Where what is found out about it goes: into its folder, or one beside it."""
+    """Where what is found out about it goes: into its folder, or into results/."""
     parts = parts_of(path)
-    if len(parts) == 1 and path.is_dir():
+    if len(parts) == 1 and path.is_dir() and not is_pictures(path):
         return path
-    return parts[0].parent / "+".join(part.name.removesuffix(".safetensors") for part in parts)
+    return Path("results") / "+".join(part.name.removesuffix(".safetensors") for part in parts)
 
 
 def is_pictures(path: Path) -> bool:

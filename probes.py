@@ -240,6 +240,8 @@ def parse_args(argv=None):
 
 def run(args) -> None:
     setup = trials.prepare(args.erased, **trials.flags(args))
+    if "unmask" in args.attack and not setup.models["erased"].mask:
+        print(f"unmask: left out, {args.erased} has no mask", flush=True)
     trials.play(setup, probe_jobs(setup, args.attack))
 
 

@@ -195,7 +195,7 @@ def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
 REPORT = """# {title}
 
 Judge {judge}, seen above {threshold}; CLIP score by {clip_backbone}; FID features: {fid_features};
-model {model}. Rates with 95 % Wilson intervals; base and erased from the same noise; seeds:
+model {model}. {forms}. Rates with 95 % Wilson intervals; base and erased from the same noise; seeds:
 {seeds}.
 
 Different prompts: {different}; the intervals take every picture for independent, and are too narrow
@@ -265,6 +265,7 @@ def write_report(
     lines.insert(1, "|" + "---|" * (len(results) + 1))
     words = dict(
         title=f"{', '.join(about['concept'])}: {', '.join(column.name for column in erased)}",
+        forms="; ".join(f"{name}: {form}" for name, form in about["forms"].items()),
         different=counts(about["different_prompts"]),
         cut=counts(about["prompts_cut"], "for "),
         table="\n".join(lines),

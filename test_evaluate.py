@@ -253,6 +253,7 @@ def test_other_tools(pipe, tmp_path, capsys):
         "pictures matched by name",
         "pictures matched in sorted order",
     ]
+    assert "pictures matched by name; " in (tmp_path / "out/report.md").read_text()
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert scores.keys() == found["results"].keys() and all(scores.values())
     assert "whose threshold is another" in refused(capsys, *compare, by_name, "--threshold", "0.9")

@@ -150,8 +150,10 @@ def test_folders(pipe, tmp_path, monkeypatch):
     found = check(both, pipe, load_erased("gun", "knife", device="cpu").transformer.state_dict())
     assert found.form == "2264 of 7168 gates closed, LoRA on 1 layers"
     assert evaluate.read_subject([both], None, None, {}).concept == ["gun", "knife"]
-    assert foreign.home(tmp_path / "gun+knife") == tmp_path / "gun+knife"
-    assert foreign.home(Path("gun")) == Path("gun")
+    assert (foreign.home(both), foreign.home(Path("gun"))) == (
+        Path("results/gun+knife"),
+        Path("gun"),
+    )
 
     for name in ("part", "two/a", "two/b"):
         write(Path(f"{name}.safetensors"), EDITED)
@@ -166,7 +168,7 @@ def test_folders(pipe, tmp_path, monkeypatch):
         "gun/heal.safetensors": "goes with the mask beside it; name their folder",
         "gun/mask.safetensors": "is not in the base's transformer",
         "gun+no_such": "^no_such: no such file or folder",
-        "gun+": "no such file or folder",
+        "gun+": "^gun.: no such file or folder",
         "gun+part.safetensors": "part.safetensors: no folder that erase.py wrote",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -122,7 +122,8 @@ def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
     add("--judge", help="as in evaluate.py")
     add("--threshold", type=number(float, 0, 1), help="as in evaluate.py")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
-    add("--out_dir", type=Path, help="(<erased>/attacks, <erased>/probes) the same command goes on")
+    help = "(<erased>/attacks, <erased>/probes; of a file in results/) the same command goes on"
+    add("--out_dir", type=Path, help=help)
     models.add_flags(parser)  # by default as it was erased
     return parser
 
