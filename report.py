@@ -195,8 +195,10 @@ def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
 REPORT = """# {title}
 
 Judge {judge}, seen above {threshold}; CLIP score by {clip_backbone}; FID features: {fid_features};
-model {model}. {forms}. Rates with 95 % Wilson intervals; base and erased from the same noise; seeds:
+model {model}. Rates with 95 % Wilson intervals; base and erased from the same noise; seeds:
 {seeds}.
+
+{forms}.
 
 Different prompts: {different}; the intervals take every picture for independent, and are too narrow
 where the same prompts come again. Prompts cut, as longer than the encoder takes: {cut}.
