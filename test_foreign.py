@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import families
 import foreign
 import heal
 import models
@@ -175,18 +176,24 @@ def test_folders(pipe, tmp_path, monkeypatch):
             foreign.find(Path(name), pipe)
 
 
-def test_closed_units_of_foreign_weights(pipe):
-    """As many as a mask closes, where it is folded; those whose reader alone is zero, and those
-    that are made of zeros, if the bias is one too."""
-    found = sites.gate_sites(pipe.transformer)
+@pytest.mark.parametrize("family", families.FAMILIES | families.OTHERS)
+def test_closed_units(family):
+    """Of foreign weights, as many are closed as a mask closes where it is folded; one whose reader
+    alone is zero, and one that is made of zeros, unless there is a bias."""
+    transformer = (families.FAMILIES | families.OTHERS)[family]()[0].transformer
+    found = sites.gate_sites(transformer)
     mask = {name: (torch.arange(site.units) % 9 > 0).float() for name, site in found.items()}
-    folded, one = copy.deepcopy(pipe.transformer), copy.deepcopy(pipe.transformer)
+    total = sum(site.units for site in found.values())
+    folded = copy.deepcopy(transformer)
     sites.fold(folded, mask)
     closed = sum(int((gates == 0).sum()) for gates in mask.values())
-    assert sites.closed_share(folded) == round(closed / 7168, 5)
-    feed_forward = one.transformer_blocks[0].ff
-    feed_forward.net[2].weight[:, 3] = 0
-    feed_forward.net[0].proj.weight[4] = 0
-    assert sites.closed_share(one) == round(1 / 7168, 5)
-    feed_forward.net[0].proj.bias[4] = 0
-    assert sites.closed_share(one) == round(2 / 7168, 5)
+    assert sites.closed_share(folded) == round(closed / total, 5)
+    name, site = next((name, site) for name, site in found.items() if site.consumer)
+    transformer.get_submodule(name).weight[:, -1] = 0
+    assert sites.closed_share(transformer) == round(1 / total, 5)
+    if family == "schnell":
+        layer = transformer.get_submodule(site.producers[0])
+        layer.weight[4] = 0
+        assert sites.closed_share(transformer) == round(1 / total, 5)
+        layer.bias[4] = 0
+        assert sites.closed_share(transformer) == round(2 / total, 5)
