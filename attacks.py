@@ -295,9 +295,8 @@ def parse_args(argv=None):
 
 
 def run(args) -> None:
-    setup = trials.prepare(
-        args.erased, **trials.flags(args), prompts=args.prompts, where=args.where
-    )
+    replayed = dict(prompts=args.prompts, where=args.where)
+    setup = trials.prepare(args.erased, **trials.flags(args), **replayed)
     trials.play(setup, text_jobs(setup, args.attack))
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import erase
 import foreign
 from artefacts import digest, erased_config, read_json, write_json
-from cases import Case, listed
+from cases import Case
 from pictures import check_picture, draw
 from safely import UserError, check_link, first_line, remove_leftovers, write_atomically
 
@@ -53,9 +53,11 @@ def picture_column(folder: Path, cases: list[Case]) -> Column:
     """Of pictures in folders by set, as cases.json lists them, or flat: named <set>_<name>.png, or
     as many as there are cases, in their order, 2.png before 10.png. Raises UserError."""
     listing = read_json(folder / "cases.json").get("cases")
-    for case, row in zip(listed(cases), listing or (), strict=False):
-        if not isinstance(row, dict) or case != {key: row.get(key) for key in case}:
-            raise UserError(f"{folder}: its cases.json has other cases from {case['file']} on")
+    rows = [row for row in listing if isinstance(row, dict)] if isinstance(listing, list) else []
+    known = {row.get("file"): (row.get("prompt"), row.get("seed")) for row in rows}
+    for case in cases if listing else ():
+        if known.get(case.file) != (case.prompt, case.seed):
+            raise UserError(f"{folder}: its cases.json has no {case.file} of this prompt and seed")
     if any((folder / case.set).is_dir() for case in cases):
         return Column(str(folder), folder, form="pictures in folders by set")
     named = {case.file: folder / f"{case.set}_{case.name}.png" for case in cases}

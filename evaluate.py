@@ -241,10 +241,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     help = "erased models, each by itself: folders that erase.py wrote (a+b: put together), "
-    help += (
-        "diffusers pipelines or transformers, .safetensors of some of the transformer's tensors "
-    )
-    help += "or of a LoRA on it, or pictures of an evaluation's cases.json"
+    help += "diffusers pipelines or transformers, a .safetensors of the transformer's tensors or "
+    help += "of a LoRA on it, or pictures as a cases.json lists them"
     add("erased", nargs="*", type=Path, help=help)
     help = "several of them side by side, on one concept; out_dir keeps those of before"
     add("--compare", nargs="+", type=Path, default=[], metavar="MODEL", help=help)

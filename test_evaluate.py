@@ -262,7 +262,7 @@ def test_other_tools(pipe, tmp_path, capsys):
     assert "13 pictures for 14 cases, none is named" in refused(capsys, *compare, in_order)
     told["cases"][0]["seed"] += 1
     write_json(by_name / "cases.json", told)
-    assert "its cases.json has other cases from concept" in refused(capsys, *compare, by_name)
+    assert "its cases.json has no concept/00000" in refused(capsys, *compare, by_name)
     again = refused(capsys, "--export_cases", listing, *few)
     assert f"--export_cases: {listing} is there already" in again
 
