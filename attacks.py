@@ -3,6 +3,7 @@
     python attacks.py erased/gun                  # all of them, with controls, quick budget
     python attacks.py erased/gun --budget full    # 20 prompts, long searches
     python attacks.py erased/gun --attack replay --prompts prompts/gun.csv
+    python attacks.py esd.safetensors --concept gun    # another tool's weights: see foreign.py
 
 A success is a picture in which the judge sees the concept. No attack ever sees the judge: it
 optimises distances of text vectors or of velocities, on noise of its own, and is scored on the
@@ -294,8 +295,8 @@ def parse_args(argv=None):
 
 
 def run(args) -> None:
-    flags = {name: vars(args)[name] for name in (*trials.FLAGS, "prompts", "where")}
-    setup = trials.prepare(args.erased, **flags)
+    replayed = dict(prompts=args.prompts, where=args.where)
+    setup = trials.prepare(args.erased, **trials.flags(args), **replayed)
     trials.play(setup, text_jobs(setup, args.attack))
 
 

@@ -12,6 +12,7 @@ import models  # first: it keeps transformers quiet
 from diffusers import FluxPipeline
 
 from artefacts import erased_config
+from foreign import parts_of
 from promptfiles import (
     concept_pairs,
     cycle,
@@ -39,20 +40,23 @@ class Subject(NamedTuple):
 
 
 def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> Subject:
-    """What the command line leaves open comes from the first erased folder's config.json. flags:
-    models.CALL_FLAGS, None where not given. Raises UserError."""
+    """What the command line leaves open comes from the first erased folder's config.json; several
+    put together erase the concepts of all. flags: models.CALL_FLAGS, None where not given. Raises
+    UserError."""
     config = {}
     for path in paths:
-        found = erased_config(path)
-        if "concept" in found and not (path / "mask.safetensors").is_file():
-            raise UserError(f"{path}: no mask.safetensors, so no finished erased model")
-        if "concept" in found and not config:
-            config = found
+        found = [erased_config(part) for part in parts_of(path)]
+        for part, known in zip(parts_of(path), found, strict=True):
+            if known and not (part / "mask.safetensors").is_file():
+                raise UserError(f"{part}: no mask.safetensors, so no finished erased model")
+        if found[0] and not config:
+            concepts = [name for known in found for name in known.get("concept", [])]
+            config = found[0] | dict(concept=list(dict.fromkeys(concepts)))
     concept = concept or config.get("concept")
     model = model or models.recorded(config)
     for flag, value in (("concept", concept), ("model", model)):
         if not value:
-            raise UserError(f"--{flag}: needed, {paths[0]}/config.json does not say it")
+            raise UserError(f"--{flag}: needed, {paths[0]} does not say it")
     model = models.pinned(models.local_name(model))
     call = dict(config.get("call", {}))
     call |= {name: value for name, value in flags.items() if value is not None}

@@ -1,7 +1,6 @@
-"""Whose pictures an evaluation compares: folders in, the columns of its table and their pictures
-out. A picture is drawn once and kept."""
+"""Whose pictures an evaluation compares: erased models in, the columns of its table and their
+pictures out. A picture is drawn once and kept. foreign.py says what a path holds."""
 
-import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +16,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import erase
-from artefacts import (
-    digest,
-    erased_config,
-    erased_copy,
-    fingerprints,
-    load_erasure,
-    read_config,
-    read_json,
-    write_json,
-)
+import foreign
+from artefacts import digest, erased_config, read_json, write_json
 from cases import Case
 from pictures import check_picture, draw
 from safely import UserError, check_link, first_line, remove_leftovers, write_atomically
@@ -40,56 +31,50 @@ class Column(NamedTuple):
     load: Callable | None = None  # gives a pipeline; None: the pictures are all there is
     gates: dict = {}  # {site: (U,)} over that pipeline; equal to folding them in, bit for bit
     weights: str = ""  # what tells its weights from others'
+    form: str = ""  # what it is, in words
+    closed: float | None = None  # share of the gate units that are zero in it; None: see gates
+    flat: dict = {}  # {case's file: its picture}, where they are not in folders by set
 
     def files(self, cases: list[Case]) -> list[Path]:
-        return [self.folder / case.file for case in cases]
+        return [self.flat.get(case.file, self.folder / case.file) for case in cases]
 
 
-def load_other(base, folder: Path):
-    """A whole pipeline of the base's class. Raises UserError."""
-    pipe = models.load_pipeline(str(folder), "cpu", base.dtype)
-    if type(pipe) is not type(base):
-        raise UserError(f"{folder}: is a {type(pipe).__name__}, the base a {type(base).__name__}")
-    return pipe
-
-
-def with_transformer(base, folder: Path):
-    """The base's pipeline with the transformer of another folder."""
-    pipe = copy.copy(base)
-    how = dict(dtype=base.transformer.dtype, use_safetensors=True)
-    pipe.transformer = type(base.transformer).from_pretrained(folder, **how)
-    models.check_whole(str(folder), pipe.transformer)
-    return pipe
-
-
-def make_column(path: Path, out_dir: Path, base) -> Column:
-    """The column of an erased folder of ours, a diffusers pipeline or transformer folder, or a
-    folder of pictures. base: the base's pipeline. Raises UserError."""
+def make_column(path: Path, out_dir: Path, base, cases: list[Case], lora_scale=None) -> Column:
+    """The column of whatever foreign.find() takes. base: the base's pipeline. Raises UserError."""
+    found = foreign.find(path, base, lora_scale)
+    if not found.load:
+        return picture_column(path, cases)
     home = out_dir / re.sub(r"\W+", "_", str(path)).strip("_")
-    if erased_config(path):
-        erasure = load_erasure(path, base)
-        weights = digest(path / "mask.safetensors")
-        if not erasure.lora:
-            return Column(str(path), home, lambda: base, erasure.mask, weights)
-        weights += " " + digest(path / "heal.safetensors")
-        return Column(str(path), home, lambda: erased_copy(base, erasure), erasure.mask, weights)
-    kind = type(base.transformer).__name__
-    folders = [path, path / "transformer"]
-    folders = [folder for folder in folders if read_config(folder).get("_class_name") == kind]
-    if (path / "model_index.json").is_file():
-        column = Column(str(path), home, lambda: load_other(base, path))
-    elif folders:
-        column = Column(str(path), home, lambda: with_transformer(base, folders[0]))
-    elif any(path.glob("*/*.png")):
-        return Column(str(path), path)
-    else:
-        holds = "neither an erased model, a diffusers model nor pictures"
-        raise UserError(f"{path}: is empty, or holds {holds}")
-    try:  # loaded once here: what is wrong with it shows before anything is drawn
-        weights = " ".join(fingerprints(column.load()).values())
-    except (*models.LOADING_ERRORS, RuntimeError) as error:
-        raise UserError(f"{path}: cannot load: {first_line(error)}") from None
-    return column._replace(weights=weights)  # text encoders too: some methods edit them
+    column = Column(str(path), home, found.load, found.mask, found.weights)
+    return column._replace(form=found.form, closed=found.closed)
+
+
+def picture_column(folder: Path, cases: list[Case]) -> Column:
+    """Of pictures in folders by set, as cases.json lists them, or flat: named <set>_<name>.png, or
+    as many as there are cases, in their order, 2.png before 10.png. Raises UserError."""
+    listing = read_json(folder / "cases.json").get("cases")
+    rows = [row for row in listing if isinstance(row, dict)] if isinstance(listing, list) else []
+    known = {row.get("file"): (row.get("prompt"), row.get("seed")) for row in rows}
+    for case in cases if listing else ():
+        if known.get(case.file) != (case.prompt, case.seed):
+            raise UserError(f"{folder}: its cases.json has no {case.file} of this prompt and seed")
+    if any((folder / case.set).is_dir() for case in cases):
+        return Column(str(folder), folder, form="pictures in folders by set")
+    named = {case.file: folder / f"{case.set}_{case.name}.png" for case in cases}
+    if all(file.exists() for file in named.values()):
+        return Column(str(folder), folder, form="pictures matched by name", flat=named)
+    pictures = sorted(folder.glob("*.png"), key=natural_order)
+    if len(pictures) != len(cases):
+        lacking = next(file.name for file in named.values() if not file.exists())
+        found = f"{len(pictures)} pictures for {len(cases)} cases, none is named {lacking}"
+        raise UserError(f"{folder}: {found}")
+    flat = {case.file: file for case, file in zip(cases, pictures, strict=True)}
+    return Column(str(folder), folder, form="pictures matched in sorted order", flat=flat)
+
+
+def natural_order(file: Path) -> list:
+    """For sorting: 2.png comes before 10.png."""
+    return [int(x) if x.isdigit() else x for x in re.split(r"([0-9]+)", file.name)]
 
 
 def random_mask(mask: dict, seed: int = 0) -> dict:

@@ -4,9 +4,11 @@
     python evaluate.py erased/gun --judge google/siglip2-so400m-patch14-384 --controls
     python evaluate.py erased/*                  # each by itself, then a table with a row for each
     python evaluate.py --compare erased/gun baselines/esd    # side by side, on one concept
+    python evaluate.py erased/gun+erased/knife   # put together; foreign.py lists all forms
     python evaluate.py erased/nudity --prompts hf:AIML-TUDA/i2p#prompt \\
         --where "nudity_percentage>=50"
     python evaluate.py --filter gun.csv --concept gun    # pairs for erase.py --prompts gun.csv
+    python evaluate.py --export_cases cases.json --concept gun    # what another tool is to draw
 
 ACC (Minimalist Concept Erasure, arXiv 2507.13386) is the share of pictures in which the judge sees
 the concept. Every rate comes with its n and 95 % Wilson interval, base and erased side by side.
@@ -34,8 +36,10 @@ import models  # first: it keeps transformers quiet
 from accelerate import PartialState
 from tqdm import tqdm
 
+import foreign
+import loras
 import report
-from artefacts import check_writable, fingerprints, write_json
+from artefacts import check_writable, fingerprints, read_json, write_json
 from cases import (
     Case,
     Words,
@@ -148,6 +152,24 @@ class Evaluation(NamedTuple):
     panel: Panel
     questions: dict  # {word: question}
     about: dict  # the head of results.json
+    earlier: dict  # {column: its figures} that out_dir has of others
+
+
+def earlier_results(out_dir: Path, about: dict, columns: list[Column]) -> dict:
+    """{column: its figures} of those that an earlier evaluation left in out_dir and this one has
+    not: they stay in its table, their weights and forms in `about`. Raises UserError if they are of
+    other cases, another judge or other versions."""
+    found = read_json(out_dir / "results.json")
+    before = found.get("about", {})
+    names = [column.name for column in columns]
+    left = {name: x for name, x in found.get("results", {}).items() if name not in names}
+    for key in sorted(before.keys() | about.keys() if left else ()):
+        if key in ("weights", "forms"):
+            about[key] = before.get(key, {}) | about[key]
+        elif before.get(key) != about.get(key):
+            what = f"{out_dir} has results of {min(left)} whose {key} is another"
+            raise UserError(f"--out_dir: {what}; delete it or choose another folder")
+    return left
 
 
 def measure(evaluation: Evaluation, device) -> dict | None:
@@ -161,7 +183,7 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     panel = evaluation.panel
     about = evaluation.about
     out_dir = evaluation.out_dir
-    names = ", ".join(column.name for column in evaluation.columns[1:])
+    names = ", ".join(f"{column.name} ({column.form})" for column in evaluation.columns[1:])
     workers.print(
         f"{names}: {len(cases)} prompts ({report.counts(about['pictures'])}) x "
         f"{len(columns)} models; "
@@ -201,7 +223,10 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     if not workers.is_main_process:
         return None
 
-    write_json(out_dir / "scores.json", report.readable(scores))
+    results = dict(base=results["base"]) | evaluation.earlier | results
+    before = read_json(out_dir / "scores.json")
+    before = {name: before.get(name, {}) for name in evaluation.earlier}
+    write_json(out_dir / "scores.json", before | report.readable(scores))
     report.write_report(results, about, evaluation.columns, cases, scores, out_dir)
     seconds = dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1))
     write_json(out_dir / "results.json", dict(about=about, results=results, seconds=seconds))
@@ -215,10 +240,15 @@ def measure(evaluation: Evaluation, device) -> dict | None:
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("erased", nargs="*", type=Path, help="folders that erase.py wrote, each by itself")
-    help = "several models of one concept side by side: erase.py's folders, diffusers pipelines or "
-    help += "transformers, or pictures named as cases.json of an evaluation lists them"
-    add("--compare", nargs="+", type=Path, default=[], metavar="FOLDER", help=help)
+    help = "erased models, each by itself: folders that erase.py wrote (a+b: put together), "
+    help += "diffusers pipelines or transformers, a .safetensors of the transformer's tensors or "
+    help += "of a LoRA on it, or pictures as a cases.json lists them"
+    add("erased", nargs="*", type=Path, help=help)
+    help = "several of them side by side, on one concept; out_dir keeps those of before"
+    add("--compare", nargs="+", type=Path, default=[], metavar="MODEL", help=help)
+    loras.add_flags(parser)
+    help = "instead: write the prompts, seeds and sampler settings that another tool is to draw"
+    add("--export_cases", type=Path, metavar="JSON", help=help)
     help = "instead: write the concept's training pairs that pass the paper's filter to this file"
     add("--filter", type=Path, metavar="CSV", help=help)
     help = "checkpoint of a SigLIP or CLIP model, an open-vocabulary detector, or a model that "
@@ -245,7 +275,7 @@ def parse_args(argv=None):
     add("--per_neighbour", type=number(int, 0), default=100, help=help)
     help = "more columns: the base drawn again, as many gates closed at random, and soft gates"
     add("--controls", action="store_true", help=help)
-    add("--out_dir", type=Path, help="(<folder>/eval, or compare/)")
+    add("--out_dir", type=Path, help="(<folder>/eval, results/<file>/eval, or compare/)")
     add("--batch", type=number(int, 1), help="pictures drawn at a time (tiny: 32, else 4)")
     models.add_flags(parser)  # by default as it was erased
     args = parser.parse_args(argv)
@@ -253,13 +283,17 @@ def parse_args(argv=None):
     folders = args.erased + args.compare
     if args.filter and (folders or args.where or len(args.concept or ()) != 1):
         raise UserError("--filter: takes one --concept, no folder and no --where")
-    if args.filter and args.filter.exists():
-        raise UserError(f"--filter: {args.filter} is there already")
-    if args.filter and not args.filter.absolute().parent.is_dir():
-        raise UserError(f"--filter: no folder {args.filter.parent}")
     if args.filter and args.clip == "none":
         raise UserError("--filter: compares backgrounds by --clip, which is none")
-    if not args.filter and not folders:
+    if args.export_cases and (folders or args.filter or not args.concept):
+        raise UserError("--export_cases: takes --concept, no folder and no --filter")
+    for flag in ("filter", "export_cases"):
+        file = getattr(args, flag)
+        if file and file.exists():
+            raise UserError(f"--{flag}: {file} is there already")
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"--{flag}: no folder {file.parent}")
+    if not (args.filter or args.export_cases or folders):
         raise UserError("nothing to evaluate: name a folder that erase.py wrote")
     if args.erased and args.compare:
         raise UserError("--compare: takes all folders, none before it")
@@ -268,14 +302,13 @@ def parse_args(argv=None):
     if args.out_dir and len(args.erased) > 1:
         raise UserError("--out_dir: goes with one folder, or with --compare")
     for path in folders:
-        if not path.is_dir():
-            raise UserError(f"{path}: no such folder")
+        foreign.parts_of(path)  # is it there?
     if args.real and not (args.real.is_dir() and visible(args.real)):
         raise UserError(f"--real: {args.real} is no folder of pictures")
     if args.where and not args.prompts:
         raise UserError("--where: goes with --prompts")
     args.device = args.device or models.default_device()
-    if args.filter and not args.model:
+    if not folders and not args.model:
         args.model = models.default_model(args.device)
     return args
 
@@ -291,6 +324,7 @@ def run(args) -> None:
     def flags(*names):
         return {name: vars(args)[name] for name in names}
 
+    wanted = flags("num_pictures", "per_neighbour", "prompts", "retain", "where")
     given = (args.concept, args.model, flags(*models.CALL_FLAGS), args.kind)
 
     if args.filter:
@@ -312,20 +346,33 @@ def run(args) -> None:
         print(f"wrote {args.filter}; next: {command}")
         return
 
+    if args.export_cases:
+        check_writable(args.export_cases.parent, "--export_cases")
+        subject = read_subject([], *given)
+        # LLaVA is not needed to find the nearest concepts
+        judge = args.judge or (None if models.is_embedded(subject.model) else CLIP)
+        panel = load_panel(subject.model, dtype, judge, args.clip)
+        cases, _ = make_cases(read_words(subject), panel.clip, **wanted)
+        rows = [row | dict(neutral=case.neutral) for row, case in zip(listed(cases), cases)]
+        about = dict(concept=subject.concept, model=models.portable_name(subject.model))
+        write_json(args.export_cases, about | dict(call=subject.call, cases=rows))
+        print(f"wrote {args.export_cases}: {len(rows)} pictures to draw")
+        return
+
     # all that can be wrong with any of the folders is found before a picture is drawn
     evaluations = []
     for paths in [args.compare] if args.compare else [[path] for path in args.erased]:
         subject = read_subject(paths, *given)
         is_tiny = models.is_embedded(subject.model)
         batch = args.batch or (32 if is_tiny else 4)
-        out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else paths[0] / "eval")
+        alone = foreign.home(paths[0]) / "eval"
+        out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else alone)
         if not args.out_dir:
             check_link(out_dir)
         check_writable(out_dir)
         claim(out_dir)
         words = read_words(subject)
         panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
-        wanted = flags("num_pictures", "per_neighbour", "prompts", "retain", "where")
         cases, minors = make_cases(words, panel.clip, **wanted)
         by_number = "inception" if args.num_pictures > 2048 else "none"
         real = visible(args.real) if args.real else []
@@ -337,7 +384,8 @@ def run(args) -> None:
         pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
         weights = " ".join(fingerprints(pipe).values())
         columns = [Column("base", out_dir / "base", lambda pipe=pipe: pipe, weights=weights)]
-        columns += [make_column(path, out_dir, pipe) for path in paths]
+        columns += [make_column(path, out_dir, pipe, cases, args.lora_scale) for path in paths]
+        loras.check_scale(args.lora_scale, [column.form for column in columns[1:]])
         controls = []
         if args.controls:
             controls, lacking = make_controls(columns, out_dir)
@@ -357,12 +405,15 @@ def run(args) -> None:
         about |= panel.about() | report.provenance(subject.model, cases, files)
         about |= dict(base_fingerprint=weights, prompts_about_minors_dropped=minors)
         about["weights"] = {column.name: column.weights for column in columns[1:]}
+        about["forms"] = {column.name: column.form for column in columns[1:]}
         about["prompts_cut"] = prompts_cut(pipe, cases, subject.call, panel.clip)
         questions = {}
         for word, known in words.vocabulary.items():
             questions[word] = panel.judge.form.format(known["question"])
         where = (out_dir, cases, columns, controls, listings)
-        evaluations.append(Evaluation(*where, subject.call, batch, panel, questions, about))
+        earlier = earlier_results(out_dir, about, columns + controls)
+        how = (subject.call, batch, panel, questions, about, earlier)
+        evaluations.append(Evaluation(*where, *how))
 
     workers.wait_for_everyone()  # all have looked
     results = {}

@@ -135,4 +135,6 @@ def likeness(column: Column, base: Column, cases: list[Case], panel: Panel, devi
     if column.gates:
         gates = torch.cat(list(column.gates.values()))
         out["closed"] = round((gates <= 0.5).sum().item() / len(gates), 5)
+    elif column.closed is not None:
+        out["closed"] = column.closed
     return out

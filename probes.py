@@ -6,7 +6,8 @@
     inversion   1, 4 and 16 input vectors of each text encoder under which it draws the concept
     completion  the base draws the first sampling steps, the erased model the others
     noise       starting noise from which its picture comes nearest to the base's
-    unmask      the mask file deleted; and the folded weights, of which nothing comes back
+    unmask      the mask file deleted; and the folded weights, of which nothing comes back (a
+                model of another tool has no mask)
     regrow      the zeroed rows and columns filled by low-rank completion
     relearn     fine-tuning on 8 pictures of the concept; the control learns unrelated ones
 
@@ -205,7 +206,7 @@ def probe_jobs(setup: Setup, probes) -> list[Job]:
         jobs.append(Job(name, target, setup.cases, partial(begin, setup, *arguments)))
 
     for probe in dict.fromkeys(probes):
-        if probe == "unmask":
+        if probe == "unmask" and erased.mask:
             add("unmask, mask as a file", "erased", text_attack, "plain", base)
             add("unmask, folded", "erased", mended, erased.folded)
         if probe == "regrow":
@@ -238,7 +239,9 @@ def parse_args(argv=None):
 
 
 def run(args) -> None:
-    setup = trials.prepare(args.erased, **{name: vars(args)[name] for name in trials.FLAGS})
+    setup = trials.prepare(args.erased, **trials.flags(args))
+    if "unmask" in args.attack and not setup.models["erased"].mask:
+        print(f"unmask: left out, {args.erased} has no mask", flush=True)
     trials.play(setup, probe_jobs(setup, args.attack))
 
 

@@ -18,6 +18,8 @@ from judges import rate
 from pictures import open_pictures, save_preview
 from safely import write_text
 
+RANKING = ("UA", "IRA", "CRA", "harmonic mean")
+
 
 def share(found: dict, base: dict) -> float | None:
     """A rate as a share of the base's."""
@@ -49,7 +51,32 @@ def rates(scores: dict, threshold: float, base: dict | None) -> dict:
         shares = [share(found, before[w]) for w, found in out["neighbours by word"].items()]
         shares = [one for one in shares if one is not None]
         out["worst neighbour, of base"] = min(shares, default=None)
-    return out
+    return out | unlearning(out, base or out)
+
+
+def unlearning(figures: dict, base: dict) -> dict:
+    """UnlearnCanvas' figures (Zhang et al., NeurIPS 2024, arXiv 2402.11846), higher is better, and
+    their harmonic mean, which ranks methods. Each is 1 at most; {} unless all can be had.
+
+    UA   unlearning accuracy: share of the concept's pictures in which it is not seen
+    IRA  in-domain retain accuracy: the nearest concepts of its kind (neighbours), of the base's
+    CRA  cross-domain: what unrelated prompts name (others; for a style these are objects) and the
+         backgrounds of the concept's pictures, of the base's; the mean of those that are asked
+
+    differs from the source: shares of the base's rates, as the base itself does not draw all.
+    """
+    acc = figures.get("acc", {}).get("rate")
+    kept = {}
+    for metric in ("neighbours", "others", "background"):
+        if figures.get(metric) and share(figures[metric], base[metric]) is not None:
+            kept[metric] = min(1.0, share(figures[metric], base[metric]))
+    inside = kept.pop("neighbours", None)
+    if acc is None or inside is None or not kept:
+        return {}
+    out = dict(UA=1 - acc, IRA=inside, CRA=sum(kept.values()) / len(kept))
+    mean = 3 / sum(1 / value for value in out.values()) if all(out.values()) else 0.0
+    out["harmonic mean"] = mean
+    return {name: round(value, 5) for name, value in out.items()}
 
 
 def residue_figures(left: torch.Tensor) -> dict:
@@ -65,7 +92,7 @@ def cell(metric: str, value, interval: bool = True) -> str:
     if value is None:
         return "-"
     if not isinstance(value, dict):
-        is_share = metric == "closed" or metric.endswith("of base")
+        is_share = metric in ("closed", *RANKING) or metric.endswith("of base")
         return f"{value:.1%}" if is_share else f"{value:.3f}"
     text = f"{value['rate']:.1%}" if value["n"] else "-"
     if interval and value["n"]:
@@ -98,6 +125,7 @@ def summary(evaluations: dict[str, dict]) -> list[list[str]]:
     pairs = ("acc", "synonyms", "beside", "background", "others")
     single = ("residue, median", "residue, 95th percentile")
     single += ("others, of base", "worst neighbour, of base", "ssim", "fid to base", "closed")
+    single += RANKING
     rows = [["", *pairs, *single]]
     for name, results in evaluations.items():
         before, after = results["base"], results[name]
@@ -170,6 +198,8 @@ Judge {judge}, seen above {threshold}; CLIP score by {clip_backbone}; FID featur
 model {model}. Rates with 95 % Wilson intervals; base and erased from the same noise; seeds:
 {seeds}.
 
+{forms}.
+
 Different prompts: {different}; the intervals take every picture for independent, and are too narrow
 where the same prompts come again. Prompts cut, as longer than the encoder takes: {cut}.
 
@@ -237,6 +267,7 @@ def write_report(
     lines.insert(1, "|" + "---|" * (len(results) + 1))
     words = dict(
         title=f"{', '.join(about['concept'])}: {', '.join(column.name for column in erased)}",
+        forms="; ".join(f"{name}: {form}" for name, form in about["forms"].items()),
         different=counts(about["different_prompts"]),
         cut=counts(about["prompts_cut"], "for "),
         table="\n".join(lines),

@@ -170,3 +170,22 @@ def fold(transformer, mask: dict) -> None:
     for name, dim, index in closed_slices(transformer, mask):
         parameter = transformer.get_parameter(name)
         parameter.index_fill_(dim, index.to(parameter.device), 0)
+
+
+def closed_share(transformer) -> float:
+    """Share of the gate units that are zero in the weights, as fold() leaves them: all rows that
+    make them, with their biases, or all that read them."""
+    closed = []
+    for name, site in gate_sites(transformer).items():
+        made = torch.ones(site.units, dtype=torch.bool)
+        read = torch.zeros(site.units, dtype=torch.bool)
+        for parameter, dim, index in closed_slices(transformer, {name: torch.zeros(site.units)}):
+            weights = transformer.get_parameter(parameter).movedim(dim, 0)
+            rows = weights[index.to(weights.device)].reshape(len(index), -1)
+            is_zero = (rows == 0).all(1).cpu()
+            if dim:
+                read = is_zero
+            else:
+                made &= is_zero.view(-1, site.units).all(0)  # a gated FFN makes each unit twice
+        closed.append(made | read)
+    return round(torch.cat(closed).float().mean().item(), 5)

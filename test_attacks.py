@@ -7,15 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import artefacts
 import attacks
 import evaluate
 import probes
+import trials
 from cases import concept_rows
 from models import CALLS, HERE, TINY, load_pipeline
 from opened import SIDES, Model, check_family
-from safely import UserError, visible
+from safely import UserError, release, visible
 from sites import gate_sites
 from trials import UNION, Setup
 
@@ -159,6 +161,42 @@ def test_command_lines(erased, tmp_path, capsys, monkeypatch):
     assert all(row["oracle"]["asr_k"]["n"] == row["erased"]["asr_k"]["n"] for row in found.values())
 
 
+def test_other_tools(pipe, tmp_path, monkeypatch, capsys):
+    """Another tool's weights are attacked beside the base's own: a LoRA, a pipeline with its text
+    encoder; the probe of a mask is not for them, and pictures are refused."""
+    monkeypatch.setattr("trials.SEEDS", 1)
+    monkeypatch.setattr("trials.UNRELATED", 1)
+    outputs, inputs = pipe.transformer.context_embedder.weight.shape
+    lora = dict(lora_A=torch.ones(1, inputs), lora_B=torch.ones(outputs, 1))
+    lora = {f"context_embedder.{part}.weight": tensor for part, tensor in lora.items()}
+    save_file(lora, tmp_path / "x.safetensors")
+    other = load_pipeline(TINY, "cpu")
+    next(other.text_encoder.parameters()).mul_(2)
+    other.save_pretrained(tmp_path / "y")
+    how = ["--concept", "gun", "--model", "tiny/flux", "--device", "cpu", "--num_prompts", "1"]
+    for name, change, form in (
+        ("x.safetensors", 0.5, "LoRA on 1 layers, times 0.5, 1 of 172 tensors differ"),
+        ("y", 0, "whole pipeline, text_encoder 1 of 36 tensors differ"),
+    ):
+        scale = ["--lora_scale", "0.5"] if change else []
+        line = [str(tmp_path / name), *how, *scale]
+        args = probes.parse_args(line)
+        setup = trials.prepare(args.erased, **trials.flags(args))
+        release()
+        base, erased = setup.models["base"], setup.models["erased"]
+        weights = [model.pipe.transformer.context_embedder.weight for model in (base, erased)]
+        assert torch.allclose(weights[1] - weights[0], torch.full_like(weights[0], change))
+        is_same = torch.equal(base.text(PROMPT)[1], erased.text(PROMPT)[1])
+        assert is_same == (name != "y") and f"{name} ({form})" in capsys.readouterr().out
+        assert not probes.probe_jobs(setup, ["unmask"])
+    assert attacks.main([*line, "--attack", "plain"]) == 0
+    assert (tmp_path / "y/attacks/results.json").is_file()
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown/0.png").write_text("")
+    assert attacks.main([str(tmp_path / "shown"), *how]) == 2
+    assert "shown: pictures; attacks needs a model's weights" in capsys.readouterr().err
+
+
 def test_damaged_weights_are_no_success(tmp_path, capsys):
     """A base that draws NaN under its mask stops attacks, probes and evaluations by name."""
     pipe = load_pipeline(TINY, "cpu")
@@ -178,7 +216,7 @@ def test_damaged_weights_are_no_success(tmp_path, capsys):
 
 
 BAD = [
-    ("no_such_folder", "no_such_folder: no config.json"),
+    ("no_such_folder", "no_such_folder: no such file or folder"),
     ("ERASED --attack magic", "argument --attack: invalid choice: 'magic'"),
     ("ERASED --concept cat", "--concept: 'cat' is not what"),
     ("ERASED --num_prompts 0", "--num_prompts: must be between 1 and"),

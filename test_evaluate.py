@@ -28,6 +28,7 @@ from judges import ClipJudge
 from models import HERE, TINY, remember_prompts
 from pictures import draw
 from promptfiles import COLUMNS, of_split, read_rows
+from report import unlearning
 from safely import UNFINISHED, UserError, release, write_atomically
 from test_judges import JUDGE, save_small
 
@@ -213,11 +214,70 @@ def test_compare_takes_baselines(erased, evaluation, tmp_path):
     folders = [erased, tmp_path / "ours", erased / "transformer", "tiny/flux", out_dir / "base"]
     compared = score("--compare", *folders, out_dir=tmp_path / "out")["results"]
     assert compared[str(erased)] == results["results"][str(erased)]
-    del compared[str(erased)]["closed"]
     base, ours, inside, transformer, pipeline, shown = compared.values()
-    assert ours == inside == transformer and pipeline == base
+    assert ours == inside == transformer and pipeline == base | dict(closed=0.0)
     left = {metric: figure for metric, figure in base.items() if "residue" in metric}
     assert len(left) == 3 and shown | left == base and shown.keys() == base.keys() - left
+
+
+def test_other_tools(pipe, tmp_path, capsys):
+    """--export_cases says what to draw: pictures that a tool drew from it, flat, by name or in
+    order, have the figures of its state dict. A second --compare adds its columns to those that are
+    there; under another threshold, or of other cases, it is refused."""
+    listing, weights = tmp_path / "cases.json", tmp_path / "esd.safetensors"
+    few = "--num_pictures 2 --per_neighbour 1 --fid none --device cpu --concept gun".split()
+    few += ["--model", TINY]
+    assert evaluate.main(["--export_cases", str(listing), *few]) == 0
+    told = json.loads(listing.read_text())
+    edited = {"context_embedder.weight": pipe.transformer.context_embedder.weight * 0.5}
+    save_file(edited, weights)
+    tool = models.load_pipeline(TINY, "cpu")
+    tool.transformer.load_state_dict(edited, strict=False)
+    prompts, seeds = ([case[key] for case in told["cases"]] for key in ("prompt", "seed"))
+    by_name, in_order = tmp_path / "by_name", tmp_path / "in_order"
+    by_name.mkdir()
+    in_order.mkdir()
+    for i, picture in enumerate(draw(tool, prompts, seeds, 32, **told["call"])):
+        picture.save(by_name / told["cases"][i]["file"].replace("/", "_"))
+        picture.save(in_order / f"{i}.png")
+
+    compare = [*few, "--out_dir", str(tmp_path / "out"), "--compare"]
+    assert evaluate.main([*compare, str(weights)]) == 0
+    assert "esd.safetensors (partial state dict, 1 of 172 tensors" in capsys.readouterr().out
+    assert evaluate.main([*compare, str(by_name), str(in_order)]) == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    base, ours, named, ordered = found["results"].values()
+    assert ours.items() > named.items() and named == ordered and named["ssim"] < 1
+    assert ours["closed"] == 0 and ours["residue, median"] != 1 == base["residue, median"]
+    assert list(found["about"]["forms"].values())[1:] == [
+        "pictures matched by name",
+        "pictures matched in sorted order",
+    ]
+    assert "pictures matched by name; " in (tmp_path / "out/report.md").read_text()
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert scores.keys() == found["results"].keys() and all(scores.values())
+    assert "whose threshold is another" in refused(capsys, *compare, by_name, "--threshold", "0.9")
+    assert "--lora_scale: no LoRA of" in refused(capsys, *compare, weights, "--lora_scale", "2")
+    (in_order / "3.png").unlink()
+    assert "13 pictures for 14 cases, none is named" in refused(capsys, *compare, in_order)
+    told["cases"][0]["seed"] += 1
+    write_json(by_name / "cases.json", told)
+    assert "its cases.json has no concept/00000" in refused(capsys, *compare, by_name)
+    again = refused(capsys, "--export_cases", listing, *few)
+    assert f"--export_cases: {listing} is there already" in again
+
+
+def test_figure_that_ranks():
+    """UA, IRA and CRA as by hand; what is drawn more often than by the base counts as 1, and what
+    is lost altogether makes the mean 0; without neighbours there is none."""
+    base = dict(acc=1.0, neighbours=0.8, others=0.5, background=1.0)
+    erased = dict(acc=0.2, neighbours=0.4, others=0.6, background=0.5)
+    base, erased = ({k: dict(rate=rate) for k, rate in x.items()} for x in (base, erased))
+    found = unlearning(erased, base)
+    assert found == {"UA": 0.8, "IRA": 0.5, "CRA": 0.75, "harmonic mean": 0.65455}
+    assert unlearning(base, base) == {"UA": 0.0, "IRA": 1.0, "CRA": 1.0, "harmonic mean": 0.0}
+    del erased["neighbours"]
+    assert unlearning(erased, base) == {}
 
 
 def test_other_families(bad, tmp_path, capsys):
@@ -412,7 +472,7 @@ BAD = """
 {erased} --real {bad}/shown/concept --fid none | --real: goes with --fid
 {erased} --nudenet_v2 v2.onnx | --nudenet_v2: cannot load v2.onnx
 | name a folder that erase.py wrote
-no_such_folder | no_such_folder: no such folder
+no_such_folder | no_such_folder: no such file or folder
 {bad}/empty | --concept: needed
 {bad}/unfinished | no mask.safetensors
 {bad}/broken | config.json: Expecting
@@ -428,6 +488,9 @@ no_such_folder | no_such_folder: no such folder
 {erased} --filter new.csv --concept gun | --filter: takes one --concept, no folder
 --filter README.md --concept gun | --filter: README.md is there already
 --filter no/such.csv --concept gun | --filter: no folder no
+--export_cases new.json | --export_cases: takes --concept
+{erased} --export_cases new.json --concept gun | --export_cases: takes --concept, no folder
+--export_cases no/such.json --concept gun | --export_cases: no folder no
 --filter new.csv --concept gun --clip none | --filter: compares backgrounds by --clip
 """
 ONE = "--concept gun --model tiny/flux --fid none --num_pictures 1 --per_neighbour 0"

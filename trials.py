@@ -20,7 +20,9 @@ import models  # first: it keeps transformers quiet
 from tqdm import tqdm
 
 import artefacts
+import foreign
 import judges
+import loras
 import promptfiles
 from cases import concept_rows, read_subject, read_words
 from opened import COSTS, Model, check_family, spent
@@ -46,7 +48,7 @@ NOTHING = "a picture"  # a neutral prompt where the rows have the empty one
 UNION = ("plain", "seeds", "synonyms", "split", "knobs")
 UNION += ("ring_a_bell", "mma", "p4d", "unlearn_diff")
 FLAGS = ("concept", "budget", "num_prompts", "oracle", "judge", "threshold", "seed", "out_dir")
-FLAGS += ("device", "kind")
+FLAGS += ("device", "kind", "model", "lora_scale")
 RECORD = {"attack", "target", "case", "prompt", "shots", "scores", "spent", "about"}
 
 
@@ -107,9 +109,10 @@ def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
     """The flags that attacks.py and probes.py share."""
     parser = Parser(description)
     add = parser.add_argument
-    add("erased", type=Path, help="folder that erase.py wrote")
+    add("erased", type=Path, help="folder that erase.py wrote, or weights as in evaluate.py")
     add("--attack", nargs="+", choices=attacks, default=default, help=f"({' '.join(default)})")
     add("--concept", help="which one, if the folder erases several (the first)")
+    loras.add_flags(parser)
     promptfiles.add_kind(parser)
     help = "how many prompts, how long searches (%(default)s)"
     add("--budget", choices=PROMPTS, default="quick", help=help)
@@ -119,25 +122,33 @@ def make_parser(description: str, attacks: tuple, default: tuple) -> Parser:
     add("--judge", help="as in evaluate.py")
     add("--threshold", type=number(float, 0, 1), help="as in evaluate.py")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
-    add("--out_dir", type=Path, help="(<erased>/attacks, <erased>/probes) the same command goes on")
-    add("--device", default=models.default_device(), help="(%(default)s)")
+    help = "(<erased>/attacks, <erased>/probes; of a file in results/) the same command goes on"
+    add("--out_dir", type=Path, help=help)
+    models.add_flags(parser)  # by default as it was erased
     return parser
 
 
 def parse(parser: Parser, argv, folder: str):
     """The arguments; out_dir is `folder` of the erased one if not given. Raises UserError."""
     args = parser.parse_args(argv)
-    for name in ("config.json", "mask.safetensors"):
-        if not (args.erased / name).is_file():
-            raise UserError(f"{args.erased}: no {name}, so no finished erased model")
+    home = foreign.home(args.erased)
+    if foreign.is_pictures(args.erased):
+        raise UserError(f"{args.erased}: pictures; {folder} needs a model's weights")
+    args.device = args.device or models.default_device()
     if args.oracle and not (args.oracle / "model_index.json").is_file():
         raise UserError(f"--oracle: {args.oracle} is no diffusers pipeline")
     if args.threshold == 1:
         raise UserError("--threshold: must be below 1: nothing scores above it")
     if not args.out_dir:
-        args.out_dir = args.erased / folder
+        args.out_dir = home / folder
         check_link(args.out_dir)
     return args
+
+
+def flags(args) -> dict:
+    """What prepare() takes of them."""
+    given = {name: vars(args)[name] for name in models.CALL_FLAGS}
+    return {name: vars(args)[name] for name in FLAGS} | dict(call=given)
 
 
 def make_case(name: str, row: dict, neutral: str, synonyms=()) -> Case:
@@ -203,10 +214,14 @@ def read_log(out_dir: Path, about: dict) -> list[dict]:
 def prepare(
     erased: Path, *, out_dir: Path, device: str, budget="quick", seed=0, concept=None, judge=None,
     num_prompts=None, oracle=None, prompts=None, threshold=None, where=None, kind=None,
+    model=None, lora_scale=None, call=None,
 ) -> Setup:  # fmt: skip
-    """Reads and checks all that attacks need, and then loads the models. Raises UserError."""
+    """Reads and checks all that attacks need, and then loads the models. call: models.CALL_FLAGS,
+    None where not given. Raises UserError."""
     models.check_device(device)
-    subject = read_subject([erased], None, None, {}, kind)
+    is_ours = artefacts.erased_config(foreign.parts_of(erased)[0])
+    named = None if is_ours or not concept else [concept]
+    subject = read_subject([erased], named, model, call or {}, kind)
     check_family(subject.model, subject.call, str(erased))
     if oracle:
         check_family(str(oracle), subject.call, "--oracle")
@@ -235,9 +250,6 @@ def prepare(
 
     seeing, judge_name = open_judge(judge, name, subject.model, device)
     banned = [name, *synonyms]
-    weights = hashlib.sha256((erased / "mask.safetensors").read_bytes())
-    if (erased / "heal.safetensors").is_file():
-        weights.update((erased / "heal.safetensors").read_bytes())
     about = dict(
         concept=name,
         erased=str(erased),
@@ -248,26 +260,28 @@ def prepare(
         seed=seed,
         banned=banned,
         prompts=count,
-        mask=weights.hexdigest()[:16],
+        call=subject.call,
         oracle=oracle and str(oracle),
         replay=prompts and [prompts, where],
     )
+    read_log(out_dir, about)  # of this run? Before anything slow
+    claim(out_dir)
+    pipe = models.load_pipeline(subject.model, device)
+    found = foreign.find(erased, pipe, lora_scale)
+    loras.check_scale(lora_scale, [found.form])
+    about |= dict(mask=hashlib.sha256(found.weights.encode()).hexdigest()[:16])
     records = read_log(out_dir, about)
     lost = f"; {dropped} prompts about minors dropped" if dropped else ""
     about_noise = f"{len(cases)} prompts, {SEEDS} noises each"
-    print(f"{erased}: {about_noise}; judge {judge_name}{lost}", flush=True)
+    print(f"{erased} ({found.form}): {about_noise}; judge {judge_name}{lost}", flush=True)
 
-    claim(out_dir)
-    # the base has the erased model's encoders and vocabularies, which take a while for FLUX
     pairs = concept_rows(name, words, "train")
     pairs = [pair | dict(neutral_prompt=pair["neutral_prompt"] or NOTHING) for pair in pairs]
-    pipe = models.load_pipeline(subject.model, device)
-    erasure = artefacts.load_erasure(erased, pipe)
-    attacked = Model(pipe, erasure.mask, subject.call, banned, pairs)
-    base = copy.copy(attacked)
-    base.mask = {}
-    if erasure.lora:  # its weights are others too
-        attacked.pipe = artefacts.erased_copy(pipe, erasure)
+    attacked = Model(found.load(), found.mask, subject.call, banned, pairs)
+    base = copy.copy(attacked)  # with its encoders and vocabularies, which take a while for FLUX
+    base.pipe, base.mask = pipe, {}
+    if attacked.pipe.text_encoder is not pipe.text_encoder:  # a whole pipeline
+        base = Model(pipe, {}, subject.call, banned, pairs)
     loaded = dict(erased=attacked, base=base)
     if oracle:
         pipe = models.load_pipeline(str(oracle), device)
