@@ -6,6 +6,7 @@
     python bench.py --fold --out bench/fold.json           # folding and saving at that size, on
                                                            # any CPU with 45 GiB of disk
     python bench.py --quantized --out bench/quantized.json # gate gradients with few-bit weights
+    python bench.py --plans --out bench/plans.json         # real models by their configurations
     python bench.py --table bench/*.json                   # such files as Markdown
 
 forward_equivalents: seconds of an optimiser step's forward and backward over those of its forward
@@ -18,6 +19,7 @@ import platform
 import random
 import statistics
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +36,7 @@ import lowmem
 import opened
 import pictures
 import promptfiles
+import realmodels
 from costs import (
     PASSES,
     PROMPT,
@@ -62,7 +65,7 @@ def table(file: Path) -> str:
     """One results file as Markdown."""
     results = read_results(file, "--table")
     title = f"`{file}`: {results['hardware']}, torch {results['versions']['torch']}"
-    parts = ("forms", "growth", "full", "loops", "fold", "quantized")
+    parts = ("forms", "growth", "full", "loops", "fold", "quantized", "plans")
     tables = [markdown(results[part]) for part in parts if results.get(part)]
     return "\n\n".join([title, *tables]) + "\n"
 
@@ -171,6 +174,8 @@ def parse_args(argv=None):
     what.add_argument("--fold", action="store_true", help=help)
     help = "gate gradients with quantised frozen weights, beside the stored ones'"
     what.add_argument("--quantized", action="store_true", help=help)
+    help = "gates, memory and operations of README's models, from their configurations"
+    what.add_argument("--plans", action="store_true", help=help)
     help = "print tables from such files, and measure nothing"
     what.add_argument("--table", nargs="+", type=Path, default=[], metavar="FILE", help=help)
     add = parser.add_argument
@@ -226,6 +231,10 @@ def run(args) -> None:
         results |= fullsize.bench_fold()
     elif args.quantized:
         results |= bench_quantized()
+    elif args.plans:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = realmodels.plans(Path(folder))
+        results |= dict(plans=show("real models, by their configurations alone", rows))
     else:
         results |= bench_tiny(args.repeats)
     if args.out:

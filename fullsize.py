@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 import artefacts
 import erase
 import lowmem
+import memory
+import realmodels
 from costs import PASSES, anonymous_peak, clock, measure, show
 from safely import UserError
 
-# The other sizes are what diffusers' class has by default.
-SCHNELL = dict(num_layers=19, num_single_layers=38, num_attention_heads=24)
+SCHNELL = realmodels.FLUX
 MATMUL = 8192  # its bf16 product is the peak that a step is compared with
 
 
@@ -56,15 +57,6 @@ def random_pipeline(device, kind: str, compiled: bool) -> FluxPipeline:
 
     pipe.encode_prompt = encode_prompt
     return pipe
-
-
-def forward_flops(size: int) -> int:
-    """Floating-point operations of one forward for one picture of size x size pixels: per block and
-    token 12 width^2 multiply-adds in linear layers, and attention over all tokens."""
-    tokens = size * size // 256 + 256
-    width = 128 * SCHNELL["num_attention_heads"]
-    blocks = SCHNELL["num_layers"] + SCHNELL["num_single_layers"]
-    return blocks * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
 
 
 def bench_full(rows: list[dict], modes: list[dict], *, repeats: int, limit: float, device) -> dict:
@@ -98,7 +90,9 @@ def bench_full(rows: list[dict], modes: list[dict], *, repeats: int, limit: floa
             rows.append(mode | dict.fromkeys(names, "out of memory"))
             continue
         step = row["seconds"] * 8 / batch
-        share = 8 * 4 * PASSES[form] * forward_flops(size) / step / flops
+        load = memory.load_of(FluxPipeline, call)
+        forward = memory.forward_flops(pipe.transformer, load)
+        share = 8 * load.calls * PASSES[form] * forward / step / flops
         weights = torch.cuda.memory_allocated() if device == "cuda" else 0
         peak = row["mib"] / 1024 + weights / 2**30
         figures = (round(step, 2), round(share, 3), round(peak, 1), round(400 * step / 60, 1))

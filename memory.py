@@ -57,6 +57,40 @@ def blocks_of(transformer) -> dict:
     return blocks
 
 
+def tokens_of(name: str, load: Load) -> int:
+    """What a block works on: Z-Image's and Lumina's refiners on the picture or the text alone."""
+    if name.startswith("noise_refiner"):
+        return load.tokens
+    return load.text_tokens + load.tokens * (not name.startswith("context_refiner"))
+
+
+def linear_layers(block, name: str, load: Load) -> dict:
+    """{path: (outputs, inputs, tokens)} of the block's layers that work on tokens."""
+    layers = {f"{name}.{path}": layer for path, layer in block.named_modules()}
+    linear = [p for p, m in layers.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    has_text_stream = any(TEXT.search(path.removeprefix(name)) for path in linear)
+    found = {}
+    for path in linear:
+        tokens = load.tokens if has_text_stream else tokens_of(name, load)
+        if TEXT.search(path):
+            tokens = load.text_tokens
+        if not MODULATION.search(path):
+            found[path] = (*layers[path].weight.shape[:2], tokens)
+    return found
+
+
+def forward_flops(transformer, load: Load) -> int:
+    """Floating-point operations of one forward for one row of a batch: two for each weight and
+    token in the blocks' linear layers, four for each pair of tokens and channel in attention."""
+    total = 0
+    for name, block in blocks_of(transformer).items():
+        layers = linear_layers(block, name, load)
+        total += sum(2 * outputs * inputs * tokens for outputs, inputs, tokens in layers.values())
+        _, inner, _ = next(iter(layers.values()))
+        total += 4 * tokens_of(name, load) ** 2 * inner
+    return total
+
+
 def block_needs(block, name: str, gated_layers: set, load: Load, itemsize: int) -> tuple:
     """(what autograd keeps of a block, its inputs, what its backward takes for a while): numbers
     for one row of a batch.
@@ -65,20 +99,15 @@ def block_needs(block, name: str, gated_layers: set, load: Load, itemsize: int) 
     and attention, which keep 1.5 numbers for each of their outputs (counted: 1.35 in FLUX.1 to 1.7
     in Z-Image). Gates keep what they multiply.
     """
-    layers = {f"{name}.{path}": layer for path, layer in block.named_modules()}
-    linear = [p for p, m in layers.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-    on_tokens = [path for path in linear if not MODULATION.search(path)]
-    sizes = {path: layers[path].weight.shape[:2] for path in on_tokens}  # (outputs, inputs)
-    inner = sizes[on_tokens[0]][1]
-    everything = load.tokens + load.text_tokens
-    has_text_stream = any(TEXT.search(path.removeprefix(name)) for path in linear)
+    linear = linear_layers(block, name, load)
+    _, inner, of_picture = next(iter(linear.values()))
+    everything = tokens_of(name, load)
     kept = 0
-    for path, layer in layers.items():
-        tokens = load.tokens if has_text_stream else everything
-        if TEXT.search(path):
-            tokens = load.text_tokens
-        if path in sizes:
-            outputs, inputs = sizes[path]
+    for path, layer in block.named_modules():
+        path = f"{name}.{path}"
+        tokens = load.text_tokens if TEXT.search(path) else of_picture
+        if path in linear:
+            outputs, inputs, tokens = linear[path]
             kept += tokens * (1.5 * outputs + inputs * (path in gated_layers))
         elif path in gated_layers:  # the text's AdaLN: what its scales and gates multiply
             kept += tokens * inner * 4
@@ -86,7 +115,8 @@ def block_needs(block, name: str, gated_layers: set, load: Load, itemsize: int) 
             kept += tokens * inner * 4 / itemsize
     if type(block).__name__.startswith("Chroma"):
         kept += everything**2  # an attention mask of its own
-    return kept, everything * inner, 2.5 * everything * max(map(max, sizes.values()))
+    widest = max(max(outputs, inputs) for outputs, inputs, _ in linear.values())
+    return kept, everything * inner, 2.5 * everything * widest
 
 
 def block_bytes(transformer, itemsize, quantize="none") -> int:

@@ -15,8 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import artefacts
 import bench
 import costs
+import erase
 import fullsize
+import lowmem
+import memory
 import models
+import realmodels
 from families import FAMILIES
 from sites import closed_slices
 
@@ -55,7 +59,8 @@ def test_what_is_counted(pipe):
     like = dict(device="meta", dtype=torch.bfloat16)
     with FlopCounterMode(display=False) as counter:
         transformer(**{name: torch.empty(shape, **like) for name, shape in inputs.items()})
-    assert abs(fullsize.forward_flops(512) / counter.get_total_flops() - 1) < 0.02
+    load = memory.Load(1024, 256, 1, 4)
+    assert abs(memory.forward_flops(transformer, load) / counter.get_total_flops() - 1) < 0.02
     assert costs.anonymous_peak(lambda: torch.ones(2**24).sum()) > 60 * 2**20
 
 
@@ -148,3 +153,28 @@ def test_write_random_is_sharded_as_diffusers_does(tmp_path, monkeypatch):
         files = {file.name for file in folder.iterdir()}
         found.append((files, index["weight_map"], index["metadata"]["total_size"]))
     assert found[0] == found[1]
+
+
+def test_real_models_by_their_configurations(tmp_path, capsys, monkeypatch):
+    """README's models have the parameters that their pages say, and erase.py --dry_run plans them
+    from configuration files alone; bench.py --plans has a row for each."""
+    billions = {"schnell": 11.9, "dev": 11.9, "klein-4B": 3.9, "Turbo": 6.2, "turbo": 8.1}
+    billions["Image"] = 20.4
+    monkeypatch.setattr(lowmem, "free_memory", lambda device: 80 * 2**30)
+    rows = bench_plans(tmp_path, capsys)
+    assert [row["model"] for row in rows] == list(realmodels.MODELS)
+    for row, said in zip(rows, billions.values(), strict=True):
+        assert row["billions"] == said, row
+        folder = tmp_path / "configs" / row["model"].split("/")[1]
+        realmodels.write_configs(row["model"], folder)
+        size = ["--num_inference_steps=4", "--height=512", "--width=512", "--device=cpu"]
+        flags = ["--model", str(folder), "--concept", "gun", "--save", "mask", "--dry_run", *size]
+        assert erase.main(flags) == 0
+        plan = capsys.readouterr().out
+        assert "preset paper" in plan and f"{row['gates']:,} gates" in plan, plan
+
+
+def bench_plans(tmp_path, capsys) -> list[dict]:
+    assert bench.main(["--plans", "--out", str(tmp_path / "plans.json")]) == 0
+    capsys.readouterr()
+    return json.loads((tmp_path / "plans.json").read_text())["plans"]
