@@ -1,0 +1,200 @@
+"""The tables of RESULTS.md, each by one command, from runs that it starts, keeps under results/ and
+goes on with after a kill.
+
+    python reproduce.py topics --concepts gun        # ours, its presets, other methods, the oracle
+    python reproduce.py --list                       # what is there, what is missing, hours
+    python reproduce.py topics --model black-forest-labs/FLUX.1-schnell --concepts gun
+
+A row is a variant of one concept over its seeds, mean (least-most). A run is made by erase.py or
+baselines.py, scored by evaluate.py in one folder a concept, whose base pictures are drawn once, and
+for `attacks` attacked too. Logs, seconds and peak memory stand beside it.
+"""
+
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import artefacts
+import models
+from costs import markdown
+from safely import Parser, UserError, exit_code, number, write_text
+from tables import ATTACKS, COLUMNS, MANY, ORACLE, PICTURES, TABLES, TOPICS
+
+MINUTES = {"erase.py": 5, "baselines.py": 3, "evaluate.py": 1, "attacks.py": 10}  # on two cores
+
+
+class Run(NamedTuple):
+    """One erased model."""
+
+    home: Path  # of all runs for its concepts, with eval/
+    folder: Path
+    make: list[str]  # the command that makes it
+    concepts: tuple[str, ...]
+
+    def beside(self, suffix: str) -> Path:
+        return self.home / f"{self.folder.name}{suffix}"
+
+
+def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
+    short = "_".join(concepts) if len(concepts) < 4 else f"{len(concepts)}_concepts"
+    home = args.out / short.replace(" ", "_")
+    if flags == ORACLE:
+        return Run(home, models.HERE / f"tiny/work_without_{short}/model/flux", [], concepts)
+    name = flags.replace("--", "").replace(" ", "_").removeprefix("method_") or "ours"
+    script = "baselines.py" if flags.startswith("--method") else "erase.py"
+    line = [script, "--concept", *concepts, *flags.split(), "--seed", str(seed)]
+    line += ["--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]
+    if flags in PICTURES.values():
+        line += ["--cases", str(home / "cases.json")]
+    return Run(home, home / f"{name}_{seed}", line, concepts)
+
+
+def many(seed: int, args) -> list[tuple]:
+    """1, 3, 6 and 12 concepts: in one run, and composed of folders of one each."""
+    found = []
+    for count in (1, 3, 6, 12):
+        concepts = MANY[:count]
+        one = make_run("", concepts, seed, args)
+        found.append((f"{count}, one run", MANY[0], one))
+        if count > 1:
+            parts = [make_run("", (name,), seed, args) for name in concepts]
+            found += [(None, MANY[0], part) for part in parts]
+            folder = one.home / f"composed_{seed}"
+            line = ["erase.py", "--compose", *[str(part.folder) for part in parts]]
+            run = Run(one.home, folder, [*line, "--out_dir", str(folder)], concepts)
+            found.append((f"{count}, composed", MANY[0], run))
+    return found
+
+
+def planned(table: str, args) -> list[tuple]:
+    """[(variant, or None for what another one is made of, concept, Run)]."""
+    found = []
+    for seed in args.seeds:
+        found += many(seed, args) if table == "many" else []
+        for concept in args.concepts:
+            for variant, flags in TABLES[table].items():
+                found.append((variant, concept, make_run(flags, (concept,), seed, args)))
+    return [row for row in found if row[-1].make or row[-1].folder.is_dir()]
+
+
+def commands(table: str, run: Run, args) -> list[list[str]]:
+    """What it takes, in order, without what is done."""
+    about = ["--model", args.model, "--concept", *run.concepts]
+    lines = []
+    is_made = (run.folder / "mask.safetensors").is_file()  # by erase.py
+    is_made |= "seconds" in artefacts.read_config(run.folder)  # by baselines.py
+    if run.make and not is_made:
+        is_begun = run.folder.is_dir() and any(run.folder.iterdir())
+        if "--cases" in run.make and not (run.home / "cases.json").is_file():
+            lines.append(["evaluate.py", "--export_cases", str(run.home / "cases.json"), *about])
+        lines.append(run.make + ["--resume"] * is_begun)
+    place = ["--compare", str(run.folder), "--out_dir", str(run.home / "eval")]
+    lines.append(["evaluate.py", *place, *about])
+    if table == "attacks" and not (run.folder / "cases.json").is_file():  # weights
+        place = [str(run.folder), "--out_dir", str(run.beside(".attacks"))]
+        prompts = ["--num_prompts", str(args.num_prompts)]
+        lines.append(["attacks.py", *place, *about, *prompts])
+    done = artefacts.read_json(run.beside(".json"))
+    return [line for line in lines if line[0] not in done or "--export_cases" in line]
+
+
+def start(run: Run, line: list[str]) -> bool:
+    """Runs a command to its end and notes what it took. False where it fails."""
+    run.home.mkdir(parents=True, exist_ok=True)
+    print(f"{time.strftime('%H:%M')} python {shlex.join(line)}", flush=True)
+    began = time.time()
+    with open(run.beside(".log"), "a") as log:
+        process = subprocess.Popen([sys.executable, *line], stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        print(f"      failed, see {log.name}", flush=True)
+        return False
+    if "--export_cases" not in line:
+        took = dict(seconds=round(time.time() - began), gib=round(used.ru_maxrss / 2**20, 2))
+        done = artefacts.read_json(run.beside(".json"))
+        artefacts.write_json(run.beside(".json"), done | {line[0]: took})
+    return True
+
+
+def figures(run: Run) -> dict:
+    """{column: number} of a run; {} until it is scored."""
+    results = artefacts.read_json(run.home / "eval/results.json").get("results", {})
+    found = results.get(str(run.folder), {}).items()
+    found = {key: x.get("rate") if isinstance(x, dict) else x for key, x in found}
+    attacked = artefacts.read_json(run.beside(".attacks") / "results.json")
+    if attacked:
+        found["union"] = attacked["union_text_asr"]["erased"]["rate"]
+    for attack, by_model in attacked.get("attacks", {}).items():
+        found[attack] = by_model["erased"] and by_model["erased"]["asr_k"]["rate"]
+    took = artefacts.read_json(run.beside(".json"))
+    return found | took.get(run.make[0], {}) if found and run.make else found
+
+
+def spread(values: list) -> str:
+    """Mean and, of several, range."""
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return f"{values[0]:.3g}" if values else "-"
+    return f"{statistics.mean(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+
+
+def table_of(rows: list[tuple], columns) -> str:
+    """Markdown; a row a concept and variant, over its runs."""
+    groups = {}
+    for variant, concept, run in rows:
+        if variant and figures(run):
+            groups.setdefault((concept, variant), []).append(figures(run))
+    found = []
+    for (concept, variant), runs in groups.items():
+        cells = {column: spread([run.get(column) for run in runs]) for column in columns}
+        found.append(dict(concept=concept, variant=variant, runs=len(runs)) | cells)
+    return markdown(found) if found else "no run is scored"
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("tables", nargs="*", metavar="TABLE", help=" ".join(TABLES))
+    add("--list", action="store_true", help="what is there and what is missing; starts nothing")
+    add("--model", default="tiny/flux", help="as in erase.py (%(default)s)")
+    topics = "; ".join(", ".join(names) for names in TOPICS.values())
+    add("--concepts", nargs="+", help=f"(small models, real ones: {topics})")
+    add("--seeds", nargs="+", type=number(int, 0), default=[0, 1, 2], help="(0 1 2)")
+    add("--num_prompts", type=number(int, 1), default=20, help="that are attacked (%(default)s)")
+    add("--out", type=Path, default=Path("results"), help="(results/<model>)")
+    args = parser.parse_args(argv)
+    wrong = [table for table in args.tables if table not in TABLES]
+    if wrong or not (args.tables or args.list):
+        what = f"no {wrong[0]}" if wrong else "which?"
+        raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
+    args.concepts = args.concepts or TOPICS["tiny" if models.is_embedded(args.model) else "real"]
+    args.out = args.out / Path(args.model).name
+    return args
+
+
+def run(args) -> None:
+    failed = 0
+    for table in args.tables or TABLES:
+        rows = planned(table, args)
+        runs = {run.folder: run for _, _, run in rows}.values()
+        if args.list:
+            missing = [line[0] for run in runs for line in commands(table, run, args)]
+            hours = sum(MINUTES[script] for script in missing) / 60
+            print(f"{table:8} {len(runs)} runs; {len(missing)} commands missing, {hours:.1f} hours")
+            continue
+        for run in runs:
+            failed += not all(start(run, line) for line in commands(table, run, args))
+        text = table_of(rows, ATTACKS if table == "attacks" else COLUMNS)
+        write_text(args.out / f"{table}.md", text + "\n")
+        print(f"\n{text}\n\nwrote {args.out / table}.md", flush=True)
+    if failed:
+        raise UserError(f"{failed} runs failed; the same command goes on with them")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("reproduce.py", lambda: run(parse_args())))

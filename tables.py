@@ -1,0 +1,36 @@
+"""What the tables of RESULTS.md are made of: reproduce.py carries them out."""
+
+TOPICS = dict(tiny=("gun", "vampire", "sketch"), real=("gun", "Superman", "Van Gogh"))
+MANY = ("gun", "vampire", "sketch", "knife", "bomb", "zombie", "pill", "cigarette", "superhero")
+MANY += ("mermaid", "mosaic", "neon")
+ORACLE = "oracle"  # a model that never saw the concept, where tiny/train.py --without made one
+# {variant: flags of erase.py, of baselines.py, or ORACLE}; the same flags are the same run.
+OURS = {"ours": "", "ours, no mask": "--max_closed 0 --steps 1"}
+OURS |= {"ours, mask alone": "--heal 0 --max_closed 0.05"}
+PAPER = {"preset paper": "--preset paper --steps 100"}
+OFFICIAL = ("uce", "uce_context", "esd", "ca", "eap", "eraseanything", "gem")
+BASELINES = {name: f"--method {name}" for name in OFFICIAL}
+BEST = {}  # with the settings that RESULTS.md found for them
+PICTURES = {name: f"--method {name}" for name in ("sld", "negative", "flowedit")}
+TABLES = dict(
+    topics=OURS | PAPER | BASELINES | BEST | PICTURES | {"oracle": ORACLE},
+    attacks=OURS | BEST | {"uce_context": BASELINES["uce_context"], "oracle": ORACLE},
+    beta={"beta 3": ""} | {f"beta {b}": f"--beta {b}" for b in (0.3, 1, 10)},
+    steps={"400 steps": ""} | {f"{n} steps": f"--steps {n}" for n in (50, 100, 200)},
+    prompts={f"{n} pairs": f"--num_prompts {n}" for n in (1, 8, 16, 20)},
+    modules={"ffn norm": ""} | {m: f"--modules {m}" for m in ("ffn", "norm", "kv", "heads", "mlp")},
+    gates={"1 %": ""} | {f"{n} %": f"--max_closed {n / 100}" for n in (0.2, 0.5, 2, 5)},
+    many={},  # many()
+)
+COLUMNS = ("acc", "synonyms", "residue, median", "residue, 95th percentile", "others, of base")
+COLUMNS += (
+    "worst neighbour, of base",
+    "ssim",
+    "fid to base",
+    "harmonic mean",
+    "closed",
+    "seconds",
+    "gib",
+)
+ATTACKS = ("union", "plain", "seeds", "synonyms", "split", "knobs", "ring_a_bell", "mma", "p4d")
+ATTACKS += ("unlearn_diff",)

@@ -1,0 +1,75 @@
+"""Tables from runs, with the real commands' places taken by a script that writes their results."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import reproduce
+import tables
+
+FAKE = """
+import json, pathlib, sys
+line = sys.argv[1:]
+place = pathlib.Path(line[line.index("--out_dir") + 1] if "--out_dir" in line else line[-1])
+place.mkdir(parents=True, exist_ok=True)
+if line[0] == "erase.py":
+    if (place / "metrics.jsonl").exists() != ("--resume" in line):
+        sys.exit("begun twice")
+    (place / "metrics.jsonl").write_text("")
+    if "1" in line and not "--resume" in line:
+        sys.exit("killed")
+    (place / "mask.safetensors").write_text("")
+else:
+    file = place / "results.json"
+    results = json.loads(file.read_text())["results"] if file.exists() else {}
+    name = line[line.index("--compare") + 1]
+    results[name] = dict(acc=dict(rate=0.25 if name.endswith("0") else 0.75), ssim=0.5)
+    file.write_text(json.dumps(dict(results=results)))
+"""
+
+
+def test_a_table(tmp_path, monkeypatch, capsys):
+    """A killed run is named and the others go on; the same command resumes it and starts nothing
+    that is done; --list says what is missing."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    popen = reproduce.subprocess.Popen
+
+    def fake(line, **how):
+        return popen([sys.executable, str(tmp_path / "fake.py"), *line[1:]], **how)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=fake))
+    monkeypatch.setitem(tables.TABLES, "topics", {"ours": "", "paper": "--preset paper"})
+    flags = ["topics", "--concepts", "gun", "--seeds", "0", "1", "--out", str(tmp_path / "out")]
+    args = reproduce.parse_args(flags)
+    with pytest.raises(reproduce.UserError, match="2 runs failed"):
+        reproduce.run(args)
+    assert "| gun | ours | 1 | 0.25 | - |" in capsys.readouterr().out
+    reproduce.run(reproduce.parse_args([*flags, "--list"]))
+    assert "topics   4 runs; 4 commands missing" in capsys.readouterr().out
+    reproduce.run(args)
+    out = capsys.readouterr().out
+    assert out.count("python erase.py") == out.count("--resume") == 2
+    assert "| gun | ours | 2 | 0.5 (0.25-0.75) | - |" in out
+    reproduce.run(args)
+    assert "python" not in capsys.readouterr().out
+    took = json.loads((tmp_path / "out/flux/gun/ours_1.json").read_text())
+    assert list(took) == ["erase.py", "evaluate.py"] and took["erase.py"]["gib"] > 0
+
+
+def test_every_table_is_planned(tmp_path, capsys):
+    """Each variant's command parses, and equal flags are one run; a wrong name is one line."""
+    args = reproduce.parse_args(["--list", "--seeds", "0", "--out", str(tmp_path)])
+    for table in tables.TABLES:
+        rows = reproduce.planned(table, args)
+        assert rows, table
+        for _, _, run in rows:
+            script = __import__(run.make[0].removesuffix(".py"))
+            if "--compose" not in run.make:
+                script.parse_args(run.make[1:])
+    steps = {variant: run.folder for variant, _, run in reproduce.planned("steps", args)}
+    gates = {variant: run.folder for variant, _, run in reproduce.planned("gates", args)}
+    assert steps["400 steps"] == gates["1 %"] != steps["50 steps"]
+    with pytest.raises(reproduce.UserError, match="TABLE: no nix"):
+        reproduce.parse_args(["nix"])
