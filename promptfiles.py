@@ -42,7 +42,8 @@ def add_flags(parser) -> None:
     add_kind(parser)
     add("--neutral", help='what templates have instead of the concept; "": the empty prompt')
     add("--prompts", type=Path, help="CSV of prompt pairs (prompts/<concept>.csv, or templates)")
-    add("--retain", type=Path, help="CSV of retain prompts (prompts/retain.csv)")
+    help = "retain prompts: CSV like prompts/retain.csv, its default, or a set with its column as "
+    add("--retain", help=f"{help}evaluate.py takes it, e.g. hf:owner/dataset:train[:400]#caption")
     add(
         "--num_prompts",
         type=number(int, 1),
@@ -240,6 +241,14 @@ class Rows(NamedTuple):
         return {kind: pick(rows, min(most, len(rows))) for kind, (rows, most) in wanted.items()}
 
 
+def retain_rows(spec: str) -> list[dict]:
+    """Of a CSV with splits, or of a set as load_prompts() has it, where every fifth is for tests."""
+    if "#" not in spec and not spec.startswith("hf:"):
+        return read_rows(Path(spec), "--retain", ("prompt", "evaluation_seed", "split"))
+    rows, _ = drop_minors(load_prompts(spec, "--retain"), "--retain")
+    return [row | dict(split="train" if i % 5 else "test") for i, row in enumerate(rows)]
+
+
 def training_rows(
     folder: Path, *, concept: list[str], num_prompts=None, kind=None, neutral=None, prompts=None,
     retain=None,
@@ -268,11 +277,10 @@ def training_rows(
         most = STYLE_PAIRS if (kind or known) == "style" else PAIRS
         pairs += train[: num_prompts or most]
         tests += of_split(rows, "test")
-    file = retain or folder / "retain.csv"
-    rows = without(concept, read_rows(file, "--retain", ("prompt", "evaluation_seed", "split")))
+    rows = without(concept, retain_rows(str(retain or folder / "retain.csv")))
     others = of_split(rows, "train")
     if not others:
-        raise UserError(f"--retain: {file} has no training prompt without the concept")
+        raise UserError(f"--retain: {retain} has no training prompt without the concept")
     return Rows(pairs, others, tests or pairs, of_split(rows, "test") or others)
 
 
@@ -313,7 +321,7 @@ def read_table(source: str, has_header: bool, flag: str):
         if is_hub:
             from datasets import load_dataset
 
-            source, *rest = source.removeprefix("hf:").split(":")
+            source, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hf:"))
             split = rest.pop() if rest else "train"
             table = load_dataset(source, *rest, split=split).to_pandas()
         elif is_csv or has_header:
@@ -336,7 +344,8 @@ def read_table(source: str, has_header: bool, flag: str):
 
 def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
     """[{prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column, no header), or
-    hf:owner/dataset[:config][:split] (one name between the colons is the split; without, "train").
+    hf:owner/dataset[:config][:split] (one name between the colons is the split, which may be a
+    slice such as train[:400]; without, "train").
 
     #column at the end names the prompts' column, of a header then. Without seeds of their own, rows
     count from 1000. Rows of a split column keep "test" only; `where` is a condition on the columns,

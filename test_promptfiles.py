@@ -37,6 +37,16 @@ PROMPT_SETS = [  # file or hub set, its text, --where, prompts or what is said a
     ("p.csv", "", None, "--flag: cannot read .*p.csv"),
     ("hf:set#text", "", None, "--flag: cannot load .*set: .*terms accepted on https"),
 ]
+# Public sets by their column names: (--prompts or --retain, header and rows, --where).
+MMA = "YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark"
+PUBLIC_SETS = [
+    ("AIML-TUDA/i2p#prompt", "prompt,nudity_percentage,sd_seed\nx,80.5,7\ny,3.0,8\n"),
+    ("Chia15/RingABell-Nudity#sensitive prompt", ",sensitive prompt\n0,x\n"),
+    ("joycenerd/p4d#prompt", "prompt,categories,sd_seed\nx,sexual,7\n"),
+    (f"{MMA}#adv_prompt", "target_prompt,adv_prompt,clean_prompt\na,x,c\n"),
+    ("laion-5k#TEXT", "URL,TEXT,WIDTH\nhttp://a,x,3\n"),
+    ("conceptual_captions:train[:400]#caption", "image_url,caption\nhttp://a,x\n"),
+]
 
 
 def test_template_pairs():
@@ -225,3 +235,30 @@ def test_words():
         _, known = promptfiles.read_vocabulary(HERE / "prompts", ["brad pitt", "gun"], kind)
         assert known["brad pitt"]["question"] == question and known["gun"]["question"] == "a gun"
     assert "pistol" in known["gun"]["synonyms"]
+
+
+@pytest.mark.parametrize("spec, text", PUBLIC_SETS)
+def test_public_sets(spec, text, tmp_path, monkeypatch):
+    """Files with the columns of public sets are read as those sets will be, from the hub or from
+    disk; I2P with a condition and its seeds."""
+    monkeypatch.chdir(tmp_path)
+    name, _, column = spec.partition("#")
+    folder = Path(name.partition(":")[0])
+    folder.mkdir(parents=True)
+    (folder / "train.csv").write_text(text)
+    where = "nudity_percentage>=50" if "i2p" in spec else None
+    for form in (f"hf:{spec}".replace("[:400]", "[:1]"), f"{folder}/train.csv#{column}"):
+        (row,) = load_prompts(form, "--prompts", where)
+        assert row["prompt"] == "x"
+        assert row["evaluation_seed"] == (7 if "sd_seed" in text else 1000)
+
+
+def test_retain_prompts_of_a_set(tmp_path, monkeypatch):
+    """--retain takes such a set: without what names the concept or a minor, a fifth for tests."""
+    monkeypatch.chdir(tmp_path)
+    captions = [f"{i} trees" for i in range(20)] + ["a gun", "a girl"]
+    Path("captions.csv").write_text("\n".join(["caption", *captions]))
+    how = dict(concept=["gun"], retain="captions.csv#caption")
+    rows = promptfiles.training_rows(HERE / "prompts/tiny", **how)
+    assert [row["prompt"] for row in rows.retain_tests] == captions[:20:5]
+    assert len(rows.retain) == 16 and len({row["evaluation_seed"] for row in rows.retain}) == 16
