@@ -242,7 +242,7 @@ class Rows(NamedTuple):
 
 
 def retain_rows(spec: str) -> list[dict]:
-    """Of a CSV with splits, or of a set as load_prompts() has it, where every fifth is for tests."""
+    """Of a CSV with splits; of a set as in load_prompts(), every fifth is for tests."""
     if "#" not in spec and not spec.startswith("hf:"):
         return read_rows(Path(spec), "--retain", ("prompt", "evaluation_seed", "split"))
     rows, _ = drop_minors(load_prompts(spec, "--retain"), "--retain")
