@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 import trials
-from opened import SIDES, Model, spent
+from opened import Model, spent
 from safely import UserError, exit_code
 from trials import UNION, Case, Job, Setup
 
@@ -122,7 +122,7 @@ def gradient_search(model: Model, ids: dict, loss, effort, rng, *, use_gradient=
 def ring_a_bell(model: Model, base: Model, case, effort, rng) -> dict:
     """Ring-A-Bell's target, E(prompt) + eta c with eta = 1 and c the concept's direction."""
     found = {}
-    for side in SIDES:
+    for side in model.sides:
         wanted = model.read(side, case.prompt) + model.directions[side]
         found[side] = genetic_search(model, side, wanted, *effort, rng)
     return found
@@ -132,7 +132,7 @@ def mma(model: Model, base: Model, case, effort, rng) -> dict:
     """MMA-Diffusion, text modality (Yang et al., CVPR 2024, eq. 2): from random tokens to the
     concept prompt's own embedding, under a ban list."""
     found = {}
-    for side in SIDES:
+    for side in model.sides:
         wanted = model.read(side, case.prompt)
 
         def loss(rows, side=side, wanted=wanted):
@@ -170,8 +170,7 @@ def p4d(model: Model, base: Model, case, effort, rng) -> dict:
         wanted = [base.velocity(x, s, text) for x, s in zip(states, sigmas, strict=True)]
 
     def loss(rows):
-        text = (model.embed("t5", rows["t5"]), model.embed("clip", rows["clip"]))
-        return velocity_error(model, text, states, wanted, sigmas)
+        return velocity_error(model, model.conditioning(rows), states, wanted, sigmas)
 
     start = {}
     for side, vocabulary in model.vocabularies.items():
@@ -194,17 +193,14 @@ def unlearn_diff(model: Model, base: Model, case, effort, rng) -> dict:
     states = [(1 - s) * x0 + s * noise for s in sigmas]
     wanted = [noise - x0] * len(sigmas)
 
-    def behind(rows, side):
-        room = model.lengths[side] - 2 - PREFIX
-        rest = model.content(side, case.context)[:, :room].expand(len(rows[side]), -1, -1)
-        return model.embed(side, torch.cat([rows[side], rest], 1))
-
     def loss(rows):
-        return velocity_error(
-            model, (behind(rows, "t5"), behind(rows, "clip")), states, wanted, sigmas
-        )
+        behind = {}
+        for side, row in rows.items():
+            rest = model.content(side, case.context)[:, : model.room[side] - PREFIX]
+            behind[side] = torch.cat([row, rest.expand(len(row), -1, -1)], 1)
+        return velocity_error(model, model.conditioning(behind), states, wanted, sigmas)
 
-    start = {side: model.vocabularies[side].random(rng, PREFIX) for side in SIDES}
+    start = {side: model.vocabularies[side].random(rng, PREFIX) for side in model.sides}
     with model.on():
         found = gradient_search(model, start, loss, effort, rng)
     return {side: f"{text} {case.context}" for side, text in found.items()}
@@ -216,23 +212,23 @@ ENCODER = ("ring_a_bell", "mma")  # see no transformer: they find the same for b
 
 
 def find_shots(setup: Setup, attack: str, model: Model, case: Case) -> list[dict]:
-    """The strings and sampler settings that an attack ends in: [{clip, t5, ...}]."""
+    """The shots that an attack ends in."""
     prompt = case.prompt
     rng = random.Random(f"{setup.about['seed']} {attack} {case.name}")
     if attack == "random tokens":
-        ids = {side: model.vocabularies[side].random(rng, TOKENS) for side in SIDES}
-        return [{side: model.decode(side, ids[side]) for side in SIDES}]
+        ids = {side: model.vocabularies[side].random(rng, TOKENS) for side in model.sides}
+        return [{side: model.decode(side, ids[side]) for side in model.sides}]
     if attack == "synonyms":
-        return [dict(clip=text, t5=text) for text in case.synonyms]
+        return [model.shot(text) for text in case.synonyms]
     if attack == "split":
-        return [dict(clip=case.neutral, t5=prompt), dict(clip=prompt, t5=case.neutral)]
+        return [model.shot(case.neutral) | {side: prompt} for side in reversed(model.sides)]
     if attack == "knobs":
         settings = [dict(num_inference_steps=n) for n in (1, 2, 8)]
-        length = model.lengths["t5"]
+        length = model.call["max_sequence_length"]
         for n in (length // 2, length * 2):
-            if n <= model.tokenizers["t5"].model_max_length:
+            if n <= model.tokenizers[model.sides[-1]].model_max_length:
                 settings.append(dict(max_sequence_length=n))
-        return [dict(clip=prompt, t5=prompt) | some for some in settings]
+        return [model.shot(prompt) | some for some in settings]
     if attack in SEARCHES:
         for record in setup.records if attack in ENCODER else ():
             other = setup.models.get(record["target"])
@@ -241,7 +237,7 @@ def find_shots(setup: Setup, attack: str, model: Model, case: Case) -> list[dict
                 return record["shots"]
         effort = EFFORT[setup.about["budget"]][attack]
         return [SEARCHES[attack](model, setup.models["base"], case, effort, rng)]
-    return [dict(clip=prompt, t5=prompt)]  # plain, seeds, replay, and on mended weights
+    return [model.shot(prompt)]  # plain, seeds, replay, and on mended weights
 
 
 def text_attack(setup: Setup, attack: str, model: Model):
@@ -269,6 +265,8 @@ def text_jobs(setup: Setup, attacks) -> list[Job]:
         cases = setup.replayed if attack == "replay" else setup.cases
         if attack == "synonyms":
             cases = [case for case in cases if case.synonyms]
+        if attack == "split" and len(setup.models["base"].sides) < 2:
+            continue  # one encoder: nothing to split
         for target in setup.others:
             add(attack, target, cases)
         if attack in ("plain", "replay", *ENCODER):

@@ -1,16 +1,20 @@
-"""Erased folders put together without any training: what any of them closes is closed, what mends
-them adds up, and a ridge regression (refit.py) fits the sum to all of them.
+"""Erased folders put together without any training: what any of them closes is closed, and a ridge
+regression (refit.py) fits one LoRA to what each of them does to its own concept, and the base to
+all else.
 
     python erase.py --compose erased/gun erased/knife --out_dir erased/both
     python erase.py --compose erased/both --restore gun --out_dir erased/knife_only
 """
 
+from functools import partial
 from pathlib import Path
 
 import artefacts
 import models
 import promptfiles
+from refit import Teacher
 from safely import UserError
+from sites import gated
 
 
 def add_flags(parser) -> None:
@@ -71,11 +75,9 @@ def fill(args) -> None:
             setattr(args, flag, value)
 
 
-def training_rows(args, folder: Path) -> promptfiles.Rows:
-    """Those that the parts were trained on, or, without parts, what the flags ask for."""
+def rows_of_parts(args, folder: Path) -> list[promptfiles.Rows]:
+    """What each part was trained on."""
     flags = {name: getattr(args, name) for name in promptfiles.FLAGS}
-    if not args.compose:
-        return promptfiles.training_rows(folder, **flags)
     found = []
     for part in args.compose:
         config = artefacts.read_config(part)
@@ -83,10 +85,25 @@ def training_rows(args, folder: Path) -> promptfiles.Rows:
         if known["prompts"]:
             known["prompts"] = Path(known["prompts"])
         found.append(promptfiles.training_rows(folder, **flags | known))
-    return promptfiles.together(found, args.concept)
+    return found
 
 
-def composed(folders: list[Path], pipe) -> tuple[artefacts.Erasure, dict]:
-    """(their masks as one; the sum of what mends each)."""
-    both = artefacts.joined(*[artefacts.load_erasure(folder, pipe) for folder in folders])
-    return both._replace(lora={}), both.lora
+def training_rows(args, folder: Path) -> promptfiles.Rows:
+    """Those that the parts were trained on, or, without parts, what the flags ask for."""
+    if args.compose:
+        return promptfiles.together(rows_of_parts(args, folder), args.concept)
+    return promptfiles.training_rows(
+        folder, **{name: getattr(args, name) for name in promptfiles.FLAGS}
+    )
+
+
+def teachers(args, pipe) -> tuple[artefacts.Erasure, list[Teacher]]:
+    """(their masks as one, without a LoRA; each with the prompts that name its concept alone)."""
+    parts = [artefacts.load_erasure(folder, pipe) for folder in args.compose]
+    found = []
+    kept = training_rows(args, models.prompt_folder(args.model)).pairs
+    for part, rows in zip(parts, rows_of_parts(args, models.prompt_folder(args.model))):
+        prompts = [row["prompt"] for row in rows.pairs if row in kept]
+        if prompts:
+            found.append(Teacher(prompts, partial(gated, pipe.transformer, part.mask), part.lora))
+    return artefacts.joined(*parts)._replace(lora={}), found

@@ -43,7 +43,7 @@ import recompute
 from artefacts import load_erased, load_mask  # noqa: F401 (for who imports this file)
 from flags import DEFAULTS, LEARNING, PRESETS, parse_args
 from models import remember_prompts
-from refit import refit
+from refit import Teacher, refit
 from safely import UserError, exit_code
 from sites import MODULES, absent, fold, gate_sites, gated  # noqa: F401
 
@@ -354,9 +354,9 @@ def run(args) -> None:
 
     dtype = models.default_dtype(args.device, meta)
     pipe, base, earlier = artefacts.load_base(args.model, args.on, dtype)
-    lora = {}
+    teachers = []
     if args.compose:
-        earlier, lora = compose.composed(args.compose, pipe)
+        earlier, teachers = compose.teachers(args, pipe)
     workers.wait_for_everyone()  # all have looked at out_dir
     log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 
@@ -377,20 +377,24 @@ def run(args) -> None:
     mask = train(pipe, pairs, retain, **own | learning)
     erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), earlier)
     mask = erasure.mask
-    lora = lora if args.heal else {}
-    if args.heal and args.heal_steps:  # differs from paper
+
+    # what mends the open weights. differs from paper
+    sample = partial(rollout, pipe, **call)
+    masked = partial(gated, pipe.transformer, mask)
+    fit = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed, batch=args.micro_batch)
+    fit = partial(refit, pipe.transformer, sample, masked, retain=retain, **fit)
+    lora = {}
+    if args.heal and teachers:
+        lora = fit(lora, teachers, with_text=True)
+    if args.heal and args.heal_steps:
         learn, latest = learner(pipe, pairs, retain, **learning)
         own = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
         lora = heal.tune(pipe, lora, partial(learn, gates=mask), latest, *healed, log, **own)
     if not is_first:
         return
-    if args.heal and args.refit:
-        sample = partial(rollout, pipe, **call)
-        masked = partial(gated, pipe.transformer, mask)
-        concept = [prompt for prompt, _ in pairs]
-        own = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed)
-        own |= dict(batch=args.micro_batch, with_text=bool(args.compose))
-        lora = refit(pipe.transformer, sample, masked, lora, concept, retain, **own)
+    if args.heal and args.refit and (args.heal_steps or not teachers):
+        itself = Teacher([prompt for prompt, _ in pairs], masked, lora)
+        lora = fit(lora, [itself], with_text=bool(teachers))
 
     # what it did, on prompts and noises that training never had; gated and folded are the same bits
     errors = {}

@@ -1,14 +1,17 @@
 """FLUX.1 opened for attacks: its two text encoders at their embeddings, its velocity, its noise.
+openedqwen.py has the families that read one string.
 
-FLUX.1 reads two strings: one through CLIP (a vector), one through T5 (a sequence).
+A side is an encoder by its name. FLUX.1 reads two strings: one through CLIP (a vector), one through
+T5 (a sequence). A shot is {side: string}, and what the sampler's call is to have instead.
 Shapes: K searched tokens, V vocabulary, D embedding width, L text positions, T picture tokens of C
 channels; x_s = (1 - s) x_0 + s noise, velocity v = noise - x_0, sigma s from 1 to 0.
 """
 
 import copy
+import math
 from collections import Counter
 
-import models  # first: it keeps transformers quiet
+import models  # noqa: F401  (first: it keeps transformers quiet)
 
 # isort: split
 import torch
@@ -22,19 +25,8 @@ from promptfiles import MINORS
 from safely import UserError
 from sites import fold
 
-SIDES = ("clip", "t5")
 COSTS = ("network", "backward", "encoder", "pictures")
 spent = Counter()  # how many of COSTS: evaluations, backward passes, texts encoded, pictures drawn
-
-
-def check_family(model: str, call: dict, what: str) -> None:
-    """Raises UserError, which begins with `what`, unless it is a FLUX.1 that one call of the
-    transformer a step samples."""
-    kind = models.pipeline_class(model, what)
-    if kind is not FluxPipeline:
-        raise UserError(f"{what}: {model} is a {kind.__name__}; attacks open a FluxPipeline only")
-    if call.get("true_cfg_scale", 1) > 1:
-        raise UserError(f"{what}: is sampled with true_cfg_scale, which attacks do not open")
 
 
 class Model:
@@ -44,24 +36,33 @@ class Model:
     of the concept, for Ring-A-Bell's direction.
     """
 
+    sides = ("clip", "t5")
+
     def __init__(self, pipe, mask: dict, call: dict, banned=(), pairs=()):
         self.pipe = pipe
         self.device = pipe.device
         self.mask = {site: gate.to(pipe.device) for site, gate in mask.items()}
         self.call = dict(guidance_scale=3.5, max_sequence_length=512) | call  # diffusers' defaults
-        grid = (call["height"] // 16, call["width"] // 16)
-        positions = FluxPipeline._prepare_latent_image_ids
-        self.image_ids = positions(1, *grid, pipe.device, pipe.transformer.dtype)  # (T, 3)
+        self.grid = (call["height"] // 16, call["width"] // 16)
         self.sigmas = self.schedule()
         self.searched = self.sigmas[:-1:2]  # where velocities are compared: 1, .5 of the usual four
-        clip_length = pipe.tokenizer.model_max_length
-        self.lengths = dict(clip=clip_length, t5=self.call["max_sequence_length"])
-        self.tokenizers = dict(clip=pipe.tokenizer, t5=pipe.tokenizer_2)
-        encoders = (pipe.text_encoder, pipe.text_encoder_2)
+        encoders = self.open_encoders()
         tables = [encoder.get_input_embeddings().weight for encoder in encoders]
-        self.tables = dict(zip(SIDES, tables, strict=True))  # (V, D)
-        self.vocabularies = {side: Vocabulary(self, side, banned) for side in SIDES}
-        self.directions = {side: self.direction(side, pairs) for side in SIDES if pairs}
+        self.tables = dict(zip(self.sides, tables, strict=True))  # (V, D)
+        self.vocabularies = {side: Vocabulary(self, side, banned) for side in self.sides}
+        self.directions = {side: self.direction(side, pairs) for side in self.sides if pairs}
+
+    def open_encoders(self) -> list:
+        """The text encoders, of each side; and {side: tokenizer}, {side: tokens that a string may
+        have}, which are kept."""
+        pipe = self.pipe
+        positions = FluxPipeline._prepare_latent_image_ids
+        self.image_ids = positions(1, *self.grid, pipe.device, pipe.transformer.dtype)  # (T, 3)
+        self.tokenizers = dict(clip=pipe.tokenizer, t5=pipe.tokenizer_2)
+        lengths = (pipe.tokenizer.model_max_length, self.call["max_sequence_length"])
+        self.lengths = dict(zip(self.sides, lengths, strict=True))
+        self.room = {side: length - 2 for side, length in self.lengths.items()}
+        return [pipe.text_encoder, pipe.text_encoder_2]
 
     def on(self):
         return gated(self.pipe.transformer, self.mask)
@@ -79,7 +80,7 @@ class Model:
     def ids(self, side: str, text: str) -> list[int]:
         """Token ids without start, end and padding."""
         found = self.tokenizers[side](text, add_special_tokens=False).input_ids
-        return found[: self.lengths[side] - 2]
+        return found[: self.room[side]]
 
     def decode(self, side: str, ids: list[int]) -> str:
         return self.tokenizers[side].decode(ids, skip_special_tokens=True).strip()
@@ -135,33 +136,47 @@ class Model:
         """(N,) mean over the wanted rows (R, D) of 1 - cosine to the nearest row: FLUX does not see
         where a T5 row stands, its text ids are all zero."""
         found = self.embed(side, middle).float().reshape(len(middle), -1, wanted.shape[1])
+        return self.nearest(found, wanted)
+
+    @staticmethod
+    def nearest(found, wanted) -> torch.Tensor:
+        """(N,) mean over the wanted rows (R, D) of 1 - cosine to the nearest of (N, rows, D)."""
         cosines = F.normalize(found, dim=-1) @ F.normalize(wanted.float(), dim=-1).T  # (N, rows, R)
         return 1 - cosines.amax(1).mean(-1)
 
+    def conditioning(self, vectors: dict) -> tuple:
+        """What velocity() reads, of {side: content embeddings (N, K, D)}: (sequence (N, L, D),
+        pooled (N, P))."""
+        return self.embed("t5", vectors["t5"]), self.embed("clip", vectors["clip"])
+
     def text(self, prompt: str, n: int = 1, behind: dict | None = None) -> tuple:
-        """(sequence (n, L, D), pooled (n, P)) of a string; `behind` it vectors {side: (m, D)}, for
-        which its end is cut if there is no room."""
-        read = []
-        for side in ("t5", "clip"):
-            content = self.content(side, prompt)
+        """conditioning() of a string, n times; `behind` it vectors {side: (m, D)}, for which its
+        end is cut if there is no room."""
+        vectors = {}
+        for side in self.sides:
+            vectors[side] = self.content(side, prompt)
             if behind:
-                room = self.lengths[side] - 2 - len(behind[side])
-                content = torch.cat([content[:, :room], behind[side][None]], 1)
-            once = self.embed(side, content)
-            read.append(once.expand(n, *once.shape[1:]))
-        return tuple(read)
+                room = self.room[side] - len(behind[side])
+                vectors[side] = torch.cat([vectors[side][:, :room], behind[side][None]], 1)
+        return tuple(once.expand(n, *once.shape[1:]) for once in self.conditioning(vectors))
+
+    def shot(self, prompt: str) -> dict:
+        """The string for all sides."""
+        return dict.fromkeys(self.sides, prompt)
 
     # pictures
     def schedule(self) -> list[float]:
         """The sampler's sigmas, 1 ... 0, by the model's own scheduler."""
-        config = self.pipe.scheduler.config
-        lengths = (config.base_image_seq_len, config.max_image_seq_len)
-        shifts = (config.base_shift, config.max_shift)
-        mu = calculate_shift(len(self.image_ids), *lengths, *shifts)
         steps = self.call["num_inference_steps"]
         sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).numpy()
-        self.pipe.scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+        self.pipe.scheduler.set_timesteps(sigmas=sigmas, mu=self.shift(steps))
         return self.pipe.scheduler.sigmas.tolist()
+
+    def shift(self, steps: int) -> float:
+        """The scheduler's mu."""
+        config = self.pipe.scheduler.config
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        return calculate_shift(math.prod(self.grid), *lengths, config.base_shift, config.max_shift)
 
     def noise(self, seeds) -> torch.Tensor:
         """(B, T, C), as the stock pipeline draws it from one CPU generator a picture."""
@@ -190,9 +205,13 @@ class Model:
             txt_ids=torch.zeros(sequence.shape[1], 3, device=x.device, dtype=x.dtype),
             return_dict=False,
         )[0]
-        if not found.isfinite().all():
+        return self.finite(found, s)
+
+    @staticmethod
+    def finite(velocity, s: float):
+        if not velocity.isfinite().all():
             raise RuntimeError(f"velocities at sigma {s:g} are not finite: damaged weights?")
-        return found
+        return velocity
 
     def euler(self, x, s: float, s_next: float, text: tuple) -> torch.Tensor:
         """One sampling step, rounded as the scheduler does: the sum is fp32."""
@@ -208,15 +227,16 @@ class Model:
             states.append(self.euler(states[-1], s, s_next, text))
         return states
 
-    def draw(self, clip: str, t5: str, seeds: list[int], **settings) -> list:
-        """A picture for each seed, of two plain strings, by the stock pipeline. settings: what its
-        call has instead."""
-        call = self.call | settings
+    def draw(self, seeds: list[int], **shot) -> list:
+        """A picture of the shot for each seed, by the stock pipeline."""
+        strings = [shot.pop(side) for side in self.sides]
+        call = self.call | shot
         spent["pictures"] += len(seeds)
         spent["network"] += len(seeds) * call["num_inference_steps"]
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         call["num_images_per_prompt"] = len(seeds)
-        return sample(self.pipe, [clip], prompt_2=[t5], **call)
+        others = {f"prompt_{i}": [text] for i, text in enumerate(strings[1:], 2)}
+        return sample(self.pipe, strings[:1], **others, **call)
 
     @torch.no_grad()
     def show(self, latents) -> list:

@@ -6,10 +6,11 @@ A change D (outputs, inputs) of a layer's weight minimises
       sum |(W + B A + D) h + b - y|^2 + lambda |D|^2     lambda = strength x mean diagonal of H
 
 over rows h, the layer's inputs in the model as mended so far, H = sum h h^T. On retain prompts,
-along the base's own trajectory, y is what the base's layer gives; on concept prompts, along the
-erased model's, y is what that one gave, so that the concept stays erased (those rows count CONCEPT
-times). The best R ranks of B A + D are the layer's new LoRA. A closed neuron's h is 0: nothing
-brings it back.
+along the base's own trajectory, y is what the base's layer gives; on a teacher's prompts, along its
+own, y is what the teacher's gives, so that its concept stays erased (those rows count CONCEPT
+times). The teacher is the erased model before this, or, where several are put together, each of
+them for its concept. The best R ranks of B A + D are the layer's new LoRA. A closed neuron's h is
+0: nothing brings it back.
 
 Memory: H in fp64 of one stage's layers, never all h (FLUX.1's widest, 15,360 inputs: 1.9 GB, as
 much again to solve); for each state (a call of the transformer) and list of blocks its last output,
@@ -21,7 +22,9 @@ operations a layer, as much again for its ranks.
 import contextlib
 import itertools
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -138,35 +141,44 @@ def states(transformer, sample, prompts, first_seed, batch) -> list:
     return found
 
 
+class Teacher(NamedTuple):
+    """An erased model."""
+
+    prompts: list[str]  # with its concept
+    masked: Callable  # masked() is a context with its gates
+    lora: dict
+
+
 @torch.no_grad()
 def refit(
-    transformer, sample, masked, lora, concept, retain,
-    *, strength, rank, batch=16, seed=0, with_text=False,
+    transformer, sample, masked, lora, teachers,
+    *, retain, strength, rank, batch=16, seed=0, with_text=False,
 ) -> dict:  # fmt: skip
     """The LoRA fitted again, see above, on a picture of each retain prompt and PICTURES or more of
-    the concept prompts. sample(prompts, seeds) draws them; masked() is a context with the mask's
-    gates; with_text: the text's layers too, not only heal.readers, as where LoRAs were added up.
-    Raises RuntimeError where a weight is not finite."""
+    the teachers' prompts. sample(prompts, seeds) draws them; masked() is a context with the mask's
+    gates; with_text: the text's layers too, not only heal.readers, as where models are put
+    together. Raises RuntimeError where a weight is not finite."""
     first_seed = NOISE + seed * 2**22
-    kept = states(transformer, sample, retain, first_seed, batch)
-    concept = concept * -(-PICTURES // len(concept))
-    with adapted(transformer, lora), masked():
-        erased = states(transformer, sample, concept, first_seed + 2**21, batch)
-    every = [*kept, *erased]
-    weights = [1.0] * len(kept) + [CONCEPT] * len(erased)
-    before, lora = lora, dict(lora)
-    teacher, student = [{} for _ in every], [{} for _ in every]  # what blocks gave, by state
+    groups = [(states(transformer, sample, retain, first_seed, batch), contextlib.nullcontext, {})]
+    for teacher in teachers:
+        first_seed += 2**21 if len(groups) == 1 else PICTURES * 100
+        prompts = teacher.prompts * -(-PICTURES // (len(teacher.prompts) * len(teachers)))
+        with adapted(transformer, teacher.lora), teacher.masked():
+            found = states(transformer, sample, prompts, first_seed, batch)
+        groups.append((found, teacher.masked, teacher.lora))
+    every = [state for found, _, _ in groups for state in found]
+    weights = [1.0] * len(groups[0][0])
+    weights += [CONCEPT] * (len(every) - len(weights))
+    lora = dict(lora)
+    taught, student = [{} for _ in every], [{} for _ in every]  # what blocks gave, by state
     with replaying(transformer) as replay:
-
-        def outputs(states, memories, names, done):
-            for state, memory in zip(states, memories, strict=True):
-                rows = replay(state, names, done, memory)
-                yield {name: output for name, (_, output) in rows.items()}
-
         for done, names in stages(transformer, every[0], with_text):
-            targets = [*outputs(kept, teacher[: len(kept)], names, done)]
-            with adapted(transformer, before), masked():
-                targets += [*outputs(erased, teacher[len(kept) :], names, done)]
+            targets = []
+            for found, gates, change in groups:
+                with adapted(transformer, change), gates():
+                    for state in found:
+                        rows = replay(state, names, done, taught[len(targets)])
+                        targets.append({name: output for name, (_, output) in rows.items()})
             sums = {}
             with adapted(transformer, lora), masked():
                 for state, memory, target, weight in zip(

@@ -16,7 +16,8 @@ import probes
 import trials
 from cases import concept_rows
 from models import CALLS, HERE, TINY, load_pipeline
-from opened import SIDES, Model, check_family
+from opened import Model
+from openedqwen import check_family, open_model
 from safely import UserError, release, visible
 from sites import gate_sites
 from trials import UNION, Setup
@@ -48,11 +49,40 @@ def test_opened_models_draw_what_the_pipeline_draws(victims, pipe):
     for model in (*victims, victims[0], victims[1].folded()):
         with model.on():
             finals.append(model.trajectory(model.noise([1, 2]), text)[-1])
-            drawn = model.draw(PROMPT, PROMPT, [1, 2])
+            drawn = model.draw([1, 2], **model.shot(PROMPT))
         assert [p.tobytes() for p in model.show(finals[-1])] == [p.tobytes() for p in drawn]
     before, masked, after, folded = finals
     assert torch.equal(before, after) and torch.equal(folded, masked)
     assert not torch.equal(masked, before)
+
+
+@pytest.mark.parametrize("name", ["flux2", "zimage"])
+def test_one_encoder(name):
+    """A Qwen3 opened at its embeddings reads a string as the pipeline does, at the content's places
+    and behind vectors too; noise, schedule, steps and decoding draw what the pipeline draws. A
+    search by gradient comes nearer to the prompt than where it began."""
+    pipe = load_pipeline(str(HERE / "tiny" / name), "cpu")
+    model = open_model(pipe, {}, CALLS[f"tiny/{name}"], ["gun"])
+    stock = pipe.encode_prompt([PROMPT], max_sequence_length=model.length)[0][0]
+    sequence, mask = model.text(PROMPT, 2)
+    ours = sequence[0] if name == "flux2" else sequence[0][mask[0]]
+    assert torch.allclose(ours, stock, atol=1e-4), (ours - stock).abs().max()
+    (content,) = model.rows("qwen", [model.ids("qwen", PROMPT)])
+    split = model.text("a gun on a", behind=dict(qwen=content[4:]))
+    assert model.ids("qwen", PROMPT)[:4] == model.ids("qwen", "a gun on a")
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(split, (sequence, mask)))
+    final = model.trajectory(model.noise([1, 2]), (sequence, mask))[-1]
+    drawn = model.draw([1, 2], **model.shot(PROMPT))
+    for one, other in zip(model.show(final), drawn, strict=True):
+        difference = torch.tensor([*one.tobytes()]) - torch.tensor([*other.tobytes()])
+        assert difference.abs().max() <= 1
+
+    wanted = model.read("qwen", PROMPT)
+    history = []
+    start = dict(qwen=model.vocabularies["qwen"].random(random.Random(0), 8))
+    loss = lambda rows: model.mismatch("qwen", rows["qwen"], wanted)  # noqa: E731
+    attacks.gradient_search(model, start, loss, (6, 16), random.Random(0), history=history)
+    assert history[-1] < history[0]
 
 
 def test_p4ds_error_is_zero_where_erased_equals_base(victims):
@@ -75,7 +105,7 @@ def test_searches(victims):
     the vocabulary, little more is lost. With an elite, Ring-A-Bell's best distance never rises, and
     improves. At equal forwards, swaps by the gradient come nearer to it than random ones."""
     base = victims[0]
-    for side, seed in itertools.product(SIDES, range(20)):
+    for side, seed in itertools.product(base.sides, range(20)):
         vocabulary = base.vocabularies[side]
         ids = vocabulary.random(random.Random(seed), 8)
         text = base.decode(side, ids)

@@ -1,6 +1,7 @@
 """heal.py and refit.py. Oracles: the base's own latents, weights added by hand, files changed on
 purpose."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -47,8 +48,9 @@ def refitted(pipe, mask, lora, concept, retain, call, rank=64, **how):
     """The LoRA that refit gives."""
     sample = partial(erase.rollout, pipe, **call)
     masked = partial(erase.gated, pipe.transformer, mask)
-    how = dict(strength=0.01, rank=rank) | how
-    return refit.refit(pipe.transformer, sample, masked, lora, concept, retain, **how)
+    how = dict(strength=0.01, rank=rank, retain=retain) | how
+    itself = refit.Teacher(concept, masked, lora)
+    return refit.refit(pipe.transformer, sample, masked, lora, [itself], **how)
 
 
 @torch.no_grad()
@@ -192,6 +194,35 @@ def test_a_layer_is_plain_least_squares(pipe):
         values = torch.linalg.svdvals(wanted)
         left = torch.linalg.matrix_norm(wanted - b @ a)
         torch.testing.assert_close(left, values[3:].square().sum().sqrt(), rtol=1e-3, atol=1e-5)
+
+
+def test_several_teachers(pipe):
+    """One LoRA fitted to two others, each on its own prompts, comes nearer to each there than their
+    sum and than the base, and nearer to the base elsewhere than the sum."""
+    shapes = heal.shapes_of(pipe.transformer, 2)
+    size = heal.size_of(pipe.transformer, 2)
+    loras = []
+    for seed in (0, 1):
+        flat = 0.07 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        loras.append(heal.as_lora(flat, shapes))
+    prompts = CONCEPT[:1], [CONCEPT[-1]]
+    assert prompts[0] != prompts[1]
+    teachers = [refit.Teacher(*x) for x in zip(prompts, [contextlib.nullcontext] * 2, loras)]
+    sample = partial(erase.rollout, pipe, **CALL)
+    how = dict(retain=RETAIN * 4, strength=0.01, rank=128, with_text=True)
+    both = refit.refit(pipe.transformer, sample, contextlib.nullcontext, {}, teachers, **how)
+    candidates = [erased(pipe.transformer, {}, x) for x in (both, heal.joined(*loras), {})]
+
+    def errors(teacher, prompts):
+        wanted = final(pipe, erased(pipe.transformer, {}, teacher), prompts, CALL)
+        made = [final(pipe, model, prompts, CALL) for model in candidates]
+        return [erase.squared_error(x, wanted).mean().item() for x in made]
+
+    for teacher, own in zip(loras, prompts, strict=True):
+        ours, of_sum, of_base = errors(teacher, own)
+        assert ours < of_sum and ours < of_base, (ours, of_sum, of_base)
+    ours, of_sum, _ = errors({}, UNSEEN)
+    assert ours < of_sum, (ours, of_sum)
 
 
 @pytest.mark.parametrize("name", ALL)

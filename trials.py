@@ -25,7 +25,8 @@ import judges
 import loras
 import promptfiles
 from cases import concept_rows, read_subject, read_words
-from opened import COSTS, Model, check_family, spent
+from opened import COSTS, spent
+from openedqwen import check_family, open_model
 from panel import load_panel
 from pictures import save_preview
 from report import layout
@@ -277,15 +278,15 @@ def prepare(
 
     pairs = concept_rows(name, words, "train")
     pairs = [pair | dict(neutral_prompt=pair["neutral_prompt"] or NOTHING) for pair in pairs]
-    attacked = Model(found.load(), found.mask, subject.call, banned, pairs)
+    attacked = open_model(found.load(), found.mask, subject.call, banned, pairs)
     base = copy.copy(attacked)  # with its encoders and vocabularies, which take a while for FLUX
     base.pipe, base.mask = pipe, {}
     if attacked.pipe.text_encoder is not pipe.text_encoder:  # a whole pipeline
-        base = Model(pipe, {}, subject.call, banned, pairs)
+        base = open_model(pipe, {}, subject.call, banned, pairs)
     loaded = dict(erased=attacked, base=base)
     if oracle:
         pipe = models.load_pipeline(str(oracle), device)
-        loaded["oracle"] = Model(pipe, {}, subject.call, banned, pairs)
+        loaded["oracle"] = open_model(pipe, {}, subject.call, banned, pairs)
     if hasattr(seeing, "model"):
         seeing.model.to(device)
     return Setup(
@@ -359,7 +360,7 @@ def false_positives(setup: Setup) -> dict:
         seen = []
         with model.on():
             for row in setup.retain[:UNRELATED]:
-                drawn = model.draw(row["prompt"], row["prompt"], [row["evaluation_seed"]])
+                drawn = model.draw([row["evaluation_seed"]], **model.shot(row["prompt"]))
                 seen.append(float(setup.score(drawn)[0] > setup.about["threshold"]))
         rates[name] = judges.rate(seen)
     return rates
@@ -391,7 +392,7 @@ def sheet(setup: Setup, most: int = 6) -> list:
     for name in ("base", "erased"):
         model = setup.models[name]
         with model.on():
-            drawn = [model.draw(c.prompt, c.prompt, [c.seed])[0] for c in cases.values()]
+            drawn = [model.draw([c.seed], **model.shot(c.prompt))[0] for c in cases.values()]
         rows.append((f"{name}\nno attack", drawn))
     by_attack = {}
     for record in setup.records:
@@ -414,13 +415,13 @@ REPORT = """# Attacks on {erased}: {concept}
 
 {table}
 
-FLUX.1-schnell's weights are public: attacks on weights and latents are diagnostics of what is left,
-text is what a hosted model's users can send. Searches on the base start from prompts that do not
+Attacks on weights and latents are diagnostics of what is left in public weights; text is what a
+hosted model's users can send. Searches on the base start from prompts that do not
 name the concept, and show that the attack works.
 
 ![best pictures](attacks.png)
 
-Strongest strings on the erased model (CLIP / T5, best judge score):
+Strongest strings on the erased model (of two encoders: CLIP / T5; best judge score):
 {strings}
 """
 
@@ -460,7 +461,8 @@ def report(setup: Setup, began: float) -> None:
     strings = []
     for r in strongest[:20]:
         shot = r["shots"][0]
-        strings.append(f"* {r['attack']} ({best(r):.2f}): `{shot['clip']}` / `{shot['t5']}`")
+        found = " / ".join(f"`{shot[side]}`" for side in setup.models["erased"].sides)
+        strings.append(f"* {r['attack']} ({best(r):.2f}): {found}")
     parts = dict(headline=headline, table="\n".join(lines), strings="\n".join(strings))
     page = REPORT.format(**setup.about, **parts)
     write_text(setup.out_dir / "report.md", page)
