@@ -39,14 +39,31 @@ class Column(NamedTuple):
         return [self.flat.get(case.file, self.folder / case.file) for case in cases]
 
 
+def slug(name: str) -> str:
+    """The name of a column's folder."""
+    return re.sub(r"\W+", "_", name).strip("_")
+
+
 def make_column(path: Path, out_dir: Path, base, cases: list[Case], lora_scale=None) -> Column:
     """The column of whatever foreign.find() takes. base: the base's pipeline. Raises UserError."""
     found = foreign.find(path, base, lora_scale)
     if not found.load:
         return picture_column(path, cases)
-    home = out_dir / re.sub(r"\W+", "_", str(path)).strip("_")
+    home = out_dir / slug(str(path))
     column = Column(str(path), home, found.load, found.mask, found.weights)
     return column._replace(form=found.form, closed=found.closed)
+
+
+def earlier_columns(names, out_dir: Path, cases: list[Case]) -> list[Column]:
+    """Those of earlier evaluations in out_dir whose pictures are all still there."""
+    found = []
+    for name in names:
+        for folder in (out_dir / slug(name), Path(name)):
+            column = Column(name, folder)
+            if all(file.is_file() for file in column.files(cases)):
+                found.append(column)
+                break
+    return found
 
 
 def picture_column(folder: Path, cases: list[Case]) -> Column:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 import foreign
 import loras
 import report
+import webpage
 from artefacts import check_writable, fingerprints, read_json, write_json
 from cases import (
     Case,
@@ -54,6 +55,7 @@ from columns import (
     Column,
     check_columns,
     draw_missing,
+    earlier_columns,
     make_column,
     make_controls,
     residues,
@@ -226,12 +228,16 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     results = dict(base=results["base"]) | evaluation.earlier | results
     before = read_json(out_dir / "scores.json")
     before = {name: before.get(name, {}) for name in evaluation.earlier}
-    write_json(out_dir / "scores.json", before | report.readable(scores))
+    scored = before | report.readable(scores)
+    write_json(out_dir / "scores.json", scored)
     report.write_report(results, about, evaluation.columns, cases, scores, out_dir)
+    shown = evaluation.columns + earlier_columns(evaluation.earlier, out_dir, cases)
+    title = f"{', '.join(about['concept'])}: {names}"
+    webpage.write_page(out_dir, title, shown, cases, scored, report.table(results))
     seconds = dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1))
     write_json(out_dir / "results.json", dict(about=about, results=results, seconds=seconds))
     print(report.layout(report.table(results)))
-    files = "results.json scores.json report.md grid.png"
+    files = "results.json scores.json report.md report.html grid.png"
     times = f"{seconds['all']} s, of which {seconds['drawing']} s drawing"
     print(f"wrote {out_dir}/: {files}; {times}", flush=True)
     return results
