@@ -1,9 +1,13 @@
 """For all tests: a CPU, no network, the embedded pipeline and one small run of erase.py."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the oracles are fp32 on the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # no waiting for a hub that is not there
@@ -31,9 +35,16 @@ def command(script, *arguments, launch=()):
 
 
 def run(script, *arguments, launch=()):
-    """Runs it to the end."""
+    """Runs it to the end: in this process, whose imports take seconds, or as `launch` says."""
     line = command(script, *arguments, launch=launch)
-    return subprocess.run(line, capture_output=True, text=True, **PLACE)
+    if launch:
+        return subprocess.run(line, capture_output=True, text=True, **PLACE)
+    main = importlib.import_module(script.removesuffix(".py")).main
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.chdir(models.HERE):
+            code = main(line[2:])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="session")
