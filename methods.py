@@ -3,7 +3,8 @@
 Three kinds: closed form (lab -> nothing, the leaves filled in), trained (lab, step -> the losses of
 a step, each to be differentiated before the next is asked for), and while sampling (lab, cases ->
 final latents). Written from the papers, with the settings of their code where it says more; where
-something is simplified, the docstring says so.
+something is simplified, the docstring says so. All train on the prompts of the file, where a paper
+may have the bare word, and at the sampler's own s, the only ones that a distilled model knows.
 
 v is the velocity, x_s = (1 - s) x_0 + s noise; "student" is what is trained, "base" what it was.
 Shapes: B prompts, L text tokens of width D, T picture tokens of C channels, N rows, W words,
@@ -345,13 +346,15 @@ def sampled(lab: Lab, noise, velocity) -> torch.Tensor:
     return x
 
 
+def concept_text(lab: Lab) -> str:
+    return ", ".join(map(bare, lab.flags.concept))
+
+
 def sld(lab: Lab, cases: list) -> torch.Tensor:
     """SLD (Schramowski et al., CVPR 2023, arXiv 2211.05105), with a plain scale for its mu,
     no warm-up and no momentum: v(prompt) - eta (v(concept) - v("")). No official FLUX code."""
     texts = [lab.text(case["prompt"] for case in cases)]
-    texts += [
-        lab.text([text] * len(cases)) for text in (", ".join(map(bare, lab.flags.concept)), "")
-    ]
+    texts += [lab.text([text] * len(cases)) for text in (concept_text(lab), "")]
 
     def velocity(x, s):
         v, concept, empty = (lab.model.velocity(x, s, text) for text in texts)
@@ -364,7 +367,7 @@ def negative(lab: Lab, cases: list) -> torch.Tensor:
     """The concept as negative prompt (Ho and Salimans, arXiv 2207.12598, with it for the
     empty prompt): v(prompt) + eta (v(prompt) - v(concept)), diffusers' true_cfg_scale 1 + eta."""
     texts = [lab.text(case["prompt"] for case in cases)]
-    texts += [lab.text([", ".join(map(bare, lab.flags.concept))] * len(cases))]
+    texts += [lab.text([concept_text(lab)] * len(cases))]
 
     def velocity(x, s):
         v, concept = (lab.model.velocity(x, s, text) for text in texts)
@@ -381,15 +384,13 @@ def flowedit(lab: Lab, cases: list) -> torch.Tensor:
     seeds = [case["seed"] for case in cases]
     source = lab.text(case["prompt"] for case in cases)
     is_edited = [case["neutral"] is not None for case in cases]
-    target = lab.text(
-        case["neutral" if case["neutral"] is not None else "prompt"] for case in cases
-    )
+    target = [case["neutral" if case["neutral"] is not None else "prompt"] for case in cases]
+    target = lab.text(target)
     before = lab.model.trajectory(lab.model.noise(seeds), source)[-1].float()
     by_source, by_target = copy.copy(lab.model), copy.copy(lab.model)
-    steps = dict(num_inference_steps=lab.flags.steps)
-    by_source.call, by_target.call = (
-        lab.model.call | steps | dict(guidance_scale=scale) for scale in (1.5, 5.5)
-    )
+    call = lab.model.call | dict(num_inference_steps=lab.flags.steps)
+    by_source.call = call | dict(guidance_scale=1.5)
+    by_target.call = call | dict(guidance_scale=5.5)
     sigmas = by_source.schedule()[lab.flags.steps - round(24 / 28 * lab.flags.steps) :]
     x = before
     for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):

@@ -22,15 +22,21 @@ TINY = ["--model", "tiny/flux", "--device", "cpu", "--concept", "gun"]
 TRAINED = [name for name, own in baselines.METHODS.items() if "lr" in own]
 
 
-def make(pipe, method, *flags) -> methods.Lab:
+@pytest.fixture(scope="module")
+def remembering(pipe):
+    """The pipeline, which encodes each prompt once for all tests."""
+    pipe = copy.copy(pipe)
+    models.remember_prompts(pipe)
+    return pipe
+
+
+def make(remembering, method, *flags) -> methods.Lab:
     if method in baselines.PICTURES:
         flags = (*flags, "--cases", "cases.json")
     args = baselines.parse_args([*TINY, "--method", method, *map(str, flags)])
     folder = models.prompt_folder(args.model)
-    pipe = copy.copy(pipe)
-    models.remember_prompts(pipe)
-    model = Model(pipe, {}, models.CALLS["tiny/flux"])
     rows = promptfiles.training_rows(folder, concept=["gun"])
+    model = Model(copy.copy(remembering), {}, models.CALLS["tiny/flux"])
     return baselines.make_lab(model, args, rows, folder)
 
 
@@ -38,7 +44,7 @@ def velocity(lab) -> torch.Tensor:
     return lab.model.velocity(lab.model.noise([1, 2]), 0.5, lab.text(["a gun", "a dog"]))
 
 
-def test_closed_forms_solve_their_normal_equations(pipe):
+def test_closed_forms_solve_their_normal_equations():
     """sum w (W c - v) c^T + lam (W - W_old) = 0 on random rows; a large weight makes W c = v."""
     old, c, v = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4, 3)
     found = methods.closed_form(old, [(c[:1], v[:1], 2.0), (c[1:], v[1:], 0.3)], 0.5)
@@ -49,13 +55,13 @@ def test_closed_forms_solve_their_normal_equations(pipe):
     assert (c @ exact.T - v).abs().max() < 1e-4
 
 
-def test_uce_moves_the_concept_and_keeps_the_words(pipe):
+def test_uce_moves_the_concept_and_keeps_the_words(remembering):
     """The less the old weights count, the nearer the concept's last token comes to the guide's;
     with --retain the other words stay nearer than without."""
-    layer = pipe.transformer.context_embedder
+    layer = remembering.transformer.context_embedder
     moved, kept = [], []
     for lam, retain in ((100, 0), (0.5, 0), (0.5, 1)):
-        lab = make(pipe, "uce", "--lam", lam, "--retain", retain)
+        lab = make(remembering, "uce", "--lam", lam, "--retain", retain)
         methods.uce(lab)
         assert list(lab.leaves) == [f"{name}.weight" for name in methods.TEXT_LAYERS]
         change = lab.leaves["context_embedder.weight"] - layer.weight
@@ -75,10 +81,10 @@ def test_tokens_that_stand_for_each_other():
     assert methods.aligned([5, 8, 6], [5, 6]) == [[0], [0, 1], [1]]
 
 
-def test_uce_on_whole_prompts_erases_what_it_is_given(pipe):
+def test_uce_on_whole_prompts_erases_what_it_is_given(remembering):
     """In most of its concept prompts the final latents become nearly the neutral prompts'; those of
     retain prompts hardly move."""
-    lab = make(pipe, "uce_context")
+    lab = make(remembering, "uce_context")
     lab = lab._replace(retain=lab.retain[:100])
     methods.uce_context(lab)
     prompts, neutrals = zip(*lab.pairs[:8], strict=True)
@@ -96,10 +102,10 @@ def test_uce_on_whole_prompts_erases_what_it_is_given(pipe):
 
 
 @pytest.mark.parametrize("method, turn", [(name, 0) for name in TRAINED] + [("eraseanything", 1)])
-def test_training_lowers_the_method_s_loss(method, turn, pipe, tmp_path):
+def test_training_lowers_the_method_s_loss(method, turn, pipe, remembering, tmp_path):
     """A few optimiser steps on fixed data lower the loss and leave the base as it was; the file
     then holds the student: evaluate.py's loader gives its velocities."""
-    lab = make(pipe, method, "--batch_size", 2, "--lr", 3e-3 if "esd" in method else 1e-3)
+    lab = make(remembering, method, "--batch_size", 2, "--lr", 3e-3 if "esd" in method else 1e-3)
     before = velocity(lab)
     optimizer = torch.optim.Adam(lab.leaves.values(), lr=lab.flags.lr)
     losses = []
@@ -125,10 +131,10 @@ def test_training_lowers_the_method_s_loss(method, turn, pipe, tmp_path):
     lab.model.pipe.transformer = other
 
 
-def test_what_holds_the_retain_prompts(pipe):
+def test_what_holds_the_retain_prompts(remembering):
     """It is 0 at first and grows with the change; in EAP's adversary's turns only the choice
     of the word has a gradient."""
-    lab = make(pipe, "eap", "--batch_size", 2, "--retain", 2)
+    lab = make(remembering, "eap", "--batch_size", 2, "--retain", 2)
     assert [loss.item() for loss in methods.kept(lab, 0)] == [0]
     for leaf in lab.leaves.values():
         leaf.data *= 1.05
@@ -139,9 +145,9 @@ def test_what_holds_the_retain_prompts(pipe):
     assert lab.adversary.grad.norm() > 0
 
 
-def test_where_a_concept_is_read(pipe):
+def test_where_a_concept_is_read(remembering):
     """Tokens of its name; of a prompt without it, all that are no padding."""
-    lab = make(pipe, "eraseanything")
+    lab = make(remembering, "eraseanything")
     tokenizer = lab.model.tokenizers["t5"]
     found = methods.concept_tokens(lab, ["a gun on a red background", "a dog"])
     ids = tokenizer("a gun on a red background").input_ids
@@ -149,7 +155,7 @@ def test_where_a_concept_is_read(pipe):
     assert "".join(read).strip() == "gun" and found[1].sum() == len(tokenizer("a dog").input_ids)
 
 
-def test_guidance_is_diffusers_own(pipe):
+def test_guidance_is_diffusers_own(pipe, remembering):
     """A negative prompt is true_cfg_scale's; SLD of the concept's bare name with eta 1 leaves
     v(gun) - v(gun) + v(""); without strength, and where nothing is edited, it is the base."""
     cases = [dict(prompt=text, seed=i, neutral=None) for i, text in enumerate(["a gun", "a dog"])]
@@ -159,16 +165,16 @@ def test_guidance_is_diffusers_own(pipe):
         base = rollout(pipe, prompts, [0, 1], **call)
         how = call | dict(true_cfg_scale=2.5, negative_prompt="gun")
         wanted = rollout(pipe, prompts, [0, 1], **how)
-        found = methods.negative(make(pipe, "negative", "--eta", 1.5), cases)
+        found = methods.negative(make(remembering, "negative", "--eta", 1.5), cases)
         assert torch.allclose(found, wanted, atol=1e-4)
         for method in ("negative", "sld"):
-            lab = make(pipe, method, "--eta", 0)
+            lab = make(remembering, method, "--eta", 0)
             assert torch.allclose(getattr(methods, method)(lab, cases), base, atol=1e-5)
-        lab = make(pipe, "sld", "--eta", 1)
+        lab = make(remembering, "sld", "--eta", 1)
         same = [dict(prompt="gun", seed=0, neutral=None)]
         nothing = rollout(pipe, [""], [0], **call)
         assert torch.allclose(methods.sld(lab, same), nothing, atol=1e-4)
-        lab = make(pipe, "flowedit", "--steps", 8)
+        lab = make(remembering, "flowedit", "--steps", 8)
         assert torch.allclose(methods.flowedit(lab, cases), base, atol=1e-5)
         cases[0]["neutral"] = "nothing"
         edited = methods.flowedit(lab, cases)
@@ -242,6 +248,7 @@ BAD = """
 --method gem --anchor neutral | --anchor: gem has none
 --method sld | --cases: what evaluate.py --export_cases writes, needed by sld
 --method esd --cases cases.json | --cases: is for sld, negative, flowedit
+--method sld --cases cases.json --height 64 | --height: does not go with --cases
 --method sld --cases no.json | --cases: no.json
 --method sld --cases {bad} | --cases: {bad} is no listing
 --method esd --lr nan | --lr: must be between 0
