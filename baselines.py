@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -116,10 +117,10 @@ def train(lab: methods.Lab, file: Path) -> None:
     for step in (bar := tqdm(range(first, flags.steps), flags.method, flags.steps, initial=first)):
         optimizer.zero_grad()
         total = 0.0
-        losses = [getattr(methods, flags.method)(lab, step)] + (
-            [methods.kept(lab, step)] if flags.retain else []
-        )
-        for loss in itertools.chain(*losses):
+        losses = getattr(methods, flags.method)(lab, step)
+        if flags.retain:
+            losses = itertools.chain(losses, methods.kept(lab, step))
+        for loss in losses:
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
@@ -181,9 +182,11 @@ def read_cases(file: Path, concepts: list, model: str) -> dict:
     for row in rows:
         row = row if isinstance(row, dict) else {}
         is_named = re.fullmatch(r"\w+/\w+\.png", str(row.get("file")))
-        if not is_named or type(row.get("seed")) is not int or not isinstance(row["prompt"], str):
+        is_whole = type(row.get("seed")) is int and isinstance(row.get("prompt"), str)
+        if not (is_named and is_whole):
             raise UserError(f"--cases: {file} has a case without file, prompt or seed: {row}")
         row.setdefault("neutral", None)
+    models.check_call(listing.get("call"), f"--cases: {file}: call")
     wanted = dict(concept=concepts, model=models.portable_name(models.address(model)[0]))
     for key, value in wanted.items():
         found = listing.get(key)
@@ -239,6 +242,9 @@ def parse_args(argv=None):
     if (args.method in PICTURES) != bool(args.cases):
         what = "is for" if args.cases else "what evaluate.py --export_cases writes, needed by"
         raise UserError(f"--cases: {what} {', '.join(PICTURES)}")
+    given = [flag for flag in models.CALL_FLAGS if getattr(args, flag) is not None]
+    if args.cases and given:
+        raise UserError(f"--{given[0]}: does not go with --cases, which says it")
     args.device = args.device or models.default_device()
     args.model = args.model or models.default_model(args.device)
     name = artefacts.default_folder(args.concept).name
@@ -296,8 +302,10 @@ def run(args) -> None:
     if torch.device(args.device).type == "cuda":
         used["peak_vram_gib"] = round(torch.cuda.max_memory_allocated(args.device) / 2**30, 2)
     artefacts.write_json(args.out_dir / "config.json", config | used)
-    next_ = f"python evaluate.py --compare {args.out_dir} --concept {' '.join(args.concept)}"
-    print(f"wrote {args.out_dir}/: {artefacts.listing(args.out_dir)}; {used}\nnext: {next_}")
+    evaluation = ["python", "evaluate.py", "--compare", str(args.out_dir), "--concept"]
+    evaluation += [*args.concept, "--model", flags["model"]]
+    print(f"wrote {args.out_dir}/: {artefacts.listing(args.out_dir)}; {used}")
+    print(f"next: {shlex.join(evaluation)}")
 
 
 def make_lab(model: Model, args, rows, folder: Path) -> methods.Lab:

@@ -3,7 +3,8 @@
 Three kinds: closed form (lab -> nothing, the leaves filled in), trained (lab, step -> the losses of
 a step, each to be differentiated before the next is asked for), and while sampling (lab, cases ->
 final latents). Written from the papers, with the settings of their code where it says more; where
-something is simplified, the docstring says so.
+something is simplified, the docstring says so. All train on the prompts of the file, where a paper
+may have the bare word, and at the sampler's own s, the only ones that a distilled model knows.
 
 v is the velocity, x_s = (1 - s) x_0 + s noise; "student" is what is trained, "base" what it was.
 Shapes: B prompts, L text tokens of width D, T picture tokens of C channels, N rows, W words,
@@ -107,8 +108,8 @@ def kept(lab: Lab, step: int):
 
 # ------------------------------------------------------------------------- methods in closed form
 def closed_form(weight, parts, lam: float) -> torch.Tensor:
-    """UCE's eq. 7: the W (O, I) that minimises sum w |W c - v|^2 + lam |W - weight|^2 over parts
-    [(c (N, I), v (N, O), w)]."""
+    """UCE's closed form: the W (O, I) that minimises sum w |W c - v|^2 + lam |W - weight|^2 over
+    parts [(c (N, I), v (N, O), w)]."""
     gram = lam * torch.eye(weight.shape[1], dtype=torch.double, device=weight.device)
     right = lam * weight.double()
     for c, v, w in parts:
@@ -128,7 +129,7 @@ def edit(lab: Lab, parts_of) -> None:
 
 
 def uce(lab: Lab) -> None:
-    """UCE (Gandikota et al., WACV 2024, arXiv 2308.14761), eq. 7, as its code does for FLUX: the
+    """UCE (Gandikota et al., WACV 2024, arXiv 2308.14761), closed_form() as its code has it: the
     last token of the bare concept, and CLIP's vector, give what the empty prompt's give ("art" for
     a style). With --retain the vocabulary's words stay, likewise; by default there are none."""
 
@@ -161,8 +162,8 @@ def aligned(ids: list, others: list) -> list:
 
 
 def uce_context(lab: Lab) -> None:
-    """Ours: UCE's eq. 7 on whole prompts. All tokens of the concept prompts, padding too, give what
-    those of the neutral prompts give; all tokens of the retain prompts stay, of weight --retain."""
+    """Ours: UCE's closed form on whole prompts. All tokens of concept prompts, padding too, give
+    what those of the neutral prompts give; all of the retain prompts stay, of weight --retain."""
     tokenizer = lab.model.tokenizers["t5"]
     how = dict(padding="max_length", truncation=True)
     how |= dict(max_length=lab.model.call["max_sequence_length"])
@@ -183,9 +184,9 @@ def uce_context(lab: Lab) -> None:
 
 # ------------------------------------------------------------------------- methods that are trained
 def esd(lab: Lab, step: int):
-    """ESD (Gandikota et al., ICCV 2023, arXiv 2303.07345), eq. 6: at x_s after k steps on the way
-    to the concept, the student's v(c) becomes the base's v(anchor) - eta (v(c) - v("")). The
-    official FLUX code writes v(c) for the anchor: the same, with its eta one larger."""
+    """ESD (Gandikota et al., ICCV 2023, arXiv 2303.07345), its objective: at x_s after k steps
+    on the way to the concept, the student's v(c) becomes the base's v(anchor) - eta (v(c) - v("")).
+    The official FLUX code writes v(c) for the anchor: the same, with its eta one larger."""
     pairs, noise, k = drawn(lab, step, lab.pairs)
     prompts, neutrals = zip(*pairs, strict=True)
     text, empty = lab.text(prompts), lab.text([""] * len(prompts))
@@ -199,9 +200,9 @@ def esd(lab: Lab, step: int):
 
 
 def ca(lab: Lab, step: int):
-    """Concept Ablation (Kumari et al., ICCV 2023, arXiv 2303.13516), eq. 5: on the base's pictures
-    of the anchor (neutral) prompt with new noise at one of the sampler's s, the student's v(c)
-    becomes its own v(anchor), without gradient."""
+    """Concept Ablation (Kumari et al., ICCV 2023, arXiv 2303.13516), model-based: on the base's
+    pictures of the anchor (neutral) prompt with new noise at one of the sampler's s, the student's
+    v(c) becomes its own v(anchor), without gradient."""
     pairs, noise, k = drawn(lab, step, lab.pairs)
     prompts, neutrals = zip(*pairs, strict=True)
     anchor = lab.text(neutrals)
@@ -215,7 +216,7 @@ def ca(lab: Lab, step: int):
 
 
 def eap(lab: Lab, step: int):
-    """EAP (Bui et al., NeurIPS 2024, arXiv 2410.15618), eq. 5: ESD, and what the student draws for
+    """EAP (Bui et al., NeurIPS 2024, arXiv 2410.15618): ESD, and what the student draws for
     a word stays; in turns with it, the word is chosen to change most, by a Gumbel softmax of
     temperature 2 (Adam 1e-3). Simplified: the words are the vocabulary's, not 100 centres of
     English ones; errors are of v, not of x_0."""
@@ -345,13 +346,15 @@ def sampled(lab: Lab, noise, velocity) -> torch.Tensor:
     return x
 
 
+def concept_text(lab: Lab) -> str:
+    return ", ".join(map(bare, lab.flags.concept))
+
+
 def sld(lab: Lab, cases: list) -> torch.Tensor:
-    """SLD (Schramowski et al., CVPR 2023, arXiv 2211.05105), eq. 3, with a plain scale for its mu,
+    """SLD (Schramowski et al., CVPR 2023, arXiv 2211.05105), with a plain scale for its mu,
     no warm-up and no momentum: v(prompt) - eta (v(concept) - v("")). No official FLUX code."""
     texts = [lab.text(case["prompt"] for case in cases)]
-    texts += [
-        lab.text([text] * len(cases)) for text in (", ".join(map(bare, lab.flags.concept)), "")
-    ]
+    texts += [lab.text([text] * len(cases)) for text in (concept_text(lab), "")]
 
     def velocity(x, s):
         v, concept, empty = (lab.model.velocity(x, s, text) for text in texts)
@@ -361,10 +364,10 @@ def sld(lab: Lab, cases: list) -> torch.Tensor:
 
 
 def negative(lab: Lab, cases: list) -> torch.Tensor:
-    """The concept as negative prompt (Ho and Salimans, arXiv 2207.12598, eq. 6, with it for the
+    """The concept as negative prompt (Ho and Salimans, arXiv 2207.12598, with it for the
     empty prompt): v(prompt) + eta (v(prompt) - v(concept)), diffusers' true_cfg_scale 1 + eta."""
     texts = [lab.text(case["prompt"] for case in cases)]
-    texts += [lab.text([", ".join(map(bare, lab.flags.concept))] * len(cases))]
+    texts += [lab.text([concept_text(lab)] * len(cases))]
 
     def velocity(x, s):
         v, concept = (lab.model.velocity(x, s, text) for text in texts)
@@ -381,15 +384,13 @@ def flowedit(lab: Lab, cases: list) -> torch.Tensor:
     seeds = [case["seed"] for case in cases]
     source = lab.text(case["prompt"] for case in cases)
     is_edited = [case["neutral"] is not None for case in cases]
-    target = lab.text(
-        case["neutral" if case["neutral"] is not None else "prompt"] for case in cases
-    )
+    target = [case["neutral" if case["neutral"] is not None else "prompt"] for case in cases]
+    target = lab.text(target)
     before = lab.model.trajectory(lab.model.noise(seeds), source)[-1].float()
     by_source, by_target = copy.copy(lab.model), copy.copy(lab.model)
-    steps = dict(num_inference_steps=lab.flags.steps)
-    by_source.call, by_target.call = (
-        lab.model.call | steps | dict(guidance_scale=scale) for scale in (1.5, 5.5)
-    )
+    call = lab.model.call | dict(num_inference_steps=lab.flags.steps)
+    by_source.call = call | dict(guidance_scale=1.5)
+    by_target.call = call | dict(guidance_scale=5.5)
     sigmas = by_source.schedule()[lab.flags.steps - round(24 / 28 * lab.flags.steps) :]
     x = before
     for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):

@@ -891,7 +891,7 @@ def test_dry_run_and_paper_preset(tmp_path, capsys, monkeypatch):
         assert args | paper == args
 
 
-SCRIPTS = dict(erase=6, evaluate=5, attacks=1, probes=1, bench=0)
+SCRIPTS = dict(erase=6, evaluate=5, attacks=1, probes=1, bench=0, baselines=5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
