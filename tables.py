@@ -10,11 +10,21 @@ OURS |= {"ours, mask alone": "--heal 0 --max_closed 0.05"}
 PAPER = {"preset paper": "--preset paper --steps 100"}
 OFFICIAL = ("uce", "uce_context", "esd", "ca", "eap", "eraseanything", "gem")
 BASELINES = {name: f"--method {name}" for name in OFFICIAL}
-BEST = {}  # with the settings that RESULTS.md found for them
-PICTURES = {name: f"--method {name}" for name in ("sld", "negative", "flowedit")}
+# with the settings that suit the small models: RESULTS.md, "Baselines: settings"
+BEST = {
+    "uce, tuned": "--method uce --retain 1",
+    "esd, tuned": "--method esd --steps 300 --batch_size 8 --retain 10 --anchor neutral",
+    "ca, tuned": "--method ca --steps 300 --lr 5e-4 --retain 3",
+    "eap, tuned": "--method eap --steps 300 --batch_size 4 --lr 1e-4 --retain 10 --anchor neutral",
+    "eraseanything, tuned": "--method eraseanything --batch_size 8 --retain 3 --lr 3e-3 "
+    "--anchor neutral --eta 0",
+    "gem, tuned": "--method gem --batch_size 8 --retain 10000 --steps 80",
+}
+PICTURES = {"sld": "--method sld", "negative": "--method negative"}
+PICTURES["flowedit"] = "--method flowedit --steps 8"
 TABLES = dict(
-    topics=OURS | PAPER | BASELINES | BEST | PICTURES | {"oracle": ORACLE},
-    attacks=OURS | BEST | {"uce_context": BASELINES["uce_context"], "oracle": ORACLE},
+    topics=OURS | PAPER | BEST | BASELINES | PICTURES | {"oracle": ORACLE},
+    attacks=OURS | {"uce_context": BASELINES["uce_context"]} | BEST | {"oracle": ORACLE},
     beta={"beta 3": ""} | {f"beta {b}": f"--beta {b}" for b in (0.3, 1, 10)},
     steps={"400 steps": ""} | {f"{n} steps": f"--steps {n}" for n in (50, 100, 200)},
     prompts={f"{n} pairs": f"--num_prompts {n}" for n in (1, 8, 16, 20)},
