@@ -8,12 +8,14 @@ import diffusers
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import erase
 import fullsize
 import lowmem
 import memory
 import models
+import recompute
 from costs import Allocated, square_mean
 from families import FAMILIES, OTHERS
 from safely import UserError
@@ -78,6 +80,32 @@ def test_memory_estimate(family, modules, size, error):
             gradients(pipe, call, gates_of(pipe.transformer, torch.ones, modules), mode)
         ratios.append(round(said / real.peak, 2))
     assert all(1 - error < ratio < 1 + error for ratio in ratios), ratios
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operations_of_a_forward(family):
+    """They are within 8 % of what torch counts."""
+    pipe, call = made(family, num_inference_steps=1)
+    counts, queries = [], []
+
+    def counted(module, forward):
+        def run(*args, **kwargs):
+            with FlopCounterMode(display=False) as counter:
+                found = forward(*args, **kwargs)
+            counts.append(counter.get_total_flops())
+            return found
+
+        return run
+
+    for name, layer in pipe.transformer.named_modules():
+        if name.endswith(("to_q", "add_q_proj")):
+            layer.register_forward_hook(lambda layer, x, y: queries.append(x[0].shape[1]))
+    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # it counts
+    with torch.no_grad(), math_only, recompute.replaced([pipe.transformer], counted):
+        erase.rollout(pipe, PROMPTS[:1], [0], **call)
+    load = memory.load_of(type(pipe), call)._replace(tokens=queries[0], text_tokens=queries[1])
+    said = load.rows * load.calls * memory.forward_flops(pipe.transformer, load)
+    assert abs(said / sum(counts) - 1) < 0.08, said / sum(counts)
 
 
 def test_what_is_known_before_any_weight():
