@@ -70,13 +70,14 @@ def straight_through(logit, threshold=0.0):
     return (logit > threshold).float() + (soft - soft.detach())  # the bracket is exactly 0
 
 
-def relax(logits, gate: str, threshold: float, uniform=None) -> torch.Tensor:
+def relax(logits, gate: str, threshold: float, uniform=None, temperature=2 / 3) -> torch.Tensor:
     """Gates (G,) in [0, 1] from logits (G,) by the relaxation `gate`, one of START. Only
-    straight_through heeds the threshold; uniform (G,), the noise, is hard_concrete's."""
+    straight_through heeds the threshold, only hard_concrete the noise uniform (G,) and the
+    temperature."""
     if gate == "sigmoid":
         return sigmoid(logits)
     if gate == "hard_concrete":
-        return hard_concrete(logits, uniform)
+        return hard_concrete(logits, uniform, temperature)
     return straight_through(logits, threshold)
 
 
@@ -243,8 +244,9 @@ def learner(
 
 def train(
     pipe, pairs, retain, *, call, modules, steps, gate, lr_ffn, lr_norm, lr_decay, weight_decay,
-    adam_eps, beta, batch, retain_batch, hard, max_closed, harm, harm_draws=960, micro_batch=16,
-    checkpoint="step", seed=0, first_step=0, state=None, on_step=None,
+    adam_eps, beta, batch, retain_batch, hard, max_closed, harm, temperature=2 / 3, noise=1.0,
+    harm_draws=960, micro_batch=16, checkpoint="step", seed=0, first_step=0, state=None,
+    on_step=None,
 ):  # fmt: skip
     """Learns the gates of pipe.transformer. Returns the mask, {site: (U,) of 0 and 1}.
 
@@ -279,8 +281,8 @@ def train(
         began = time.time()
         # gates from logits, with one draw of noise for all pictures of the step
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        uniform = torch.rand(len(logits), generator=generator).clamp(1e-6, 1 - 1e-6)
-        relaxed = relax(logits, gate, threshold, uniform)
+        uniform = torch.rand(len(logits), generator=generator) * noise + (1 - noise) / 2
+        relaxed = relax(logits, gate, threshold, uniform.clamp(1e-6, 1 - 1e-6), temperature)
         gates = relaxed.detach().to(pipe._execution_device).requires_grad_()
         losses = learn(f"{seed} {step}", gates, split(gates, sites))
 

@@ -10,10 +10,13 @@ from sites import MODULES
 
 # Flags by preset: the paper's table 6, and what measured best on tiny/flux; then kind and help.
 PRESETS = dict(paper="paper (--preset tiny keeps far more other things: RESULTS.md)", tiny="tiny")
+PRESETS["official"] = "official (the authors' code, whose values are not the paper's)"
 RELAXATIONS = ("sigmoid", "hard_concrete", "straight_through")
 POSITIVE, COUNT, SHARE = number(float, 0), number(int, 1), number(float, 0, 1)
 DEFAULTS = dict(
     gate=("hard_concrete", "straight_through", str, "relaxation of the gates"),
+    temperature=(2 / 3, 2 / 3, POSITIVE, "of hard_concrete"),
+    noise=(1.0, 1.0, SHARE, "of hard_concrete: how much of its noise's range is drawn from"),
     lr_ffn=(0.5, 0.25, POSITIVE, "learning rate of all gates but norm's"),
     lr_norm=(0.5, 0.25, POSITIVE, "learning rate of the norm gates"),
     lr_decay=(0, 1, number(int, 0, 1), "1: the learning rates fall linearly to 0"),
@@ -26,6 +29,8 @@ DEFAULTS = dict(
     max_closed=(1.0, 0.01, SHARE, "share of the gates that may close"),
     harm=(0.0, 1.0, POSITIVE, "initial weight, times beta, of what closing each gate alone does"),
 )
+# Where the authors' released code, as it is run, has other values than table 6.
+OFFICIAL = dict(beta=0.1, temperature=0.83, noise=0.5, batch=2, retain_batch=2)
 # differs from paper: what mends the open weights after the mask, in the same columns.
 HEALING = dict(
     heal=(0, 1, number(int, 0, 1), "1: then mend the open weights, as the next five say"),
@@ -43,6 +48,10 @@ GROWING = dict(
 LEARNING = ("beta", "batch", "retain_batch", "hard")  # of the mask and of the LoRA
 
 
+def shown(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def parse_args(argv=None, text: str | None = None):
     """The flags of erase.py, with all defaults filled in. Exits with code 2 where one is wrong."""
     parser = Parser(text)
@@ -54,8 +63,12 @@ def parse_args(argv=None, text: str | None = None):
     add("--steps", type=COUNT, help="optimiser steps of the mask (400)")
     for name, (paper, tiny, kind, help) in (DEFAULTS | HEALING).items():
         choices = RELAXATIONS if name == "gate" else None
-        defaults = f"(paper: {paper}, tiny: {tiny})" if paper != tiny else f"({paper})"
-        add(f"--{name}", type=kind, choices=choices, help=f"{help} {defaults}")
+        columns = dict(paper=shown(paper), tiny=shown(tiny))
+        columns |= {"official": shown(OFFICIAL[name])} if name in OFFICIAL else {}
+        defaults = ", ".join(f"{preset}: {value}" for preset, value in columns.items())
+        if len(set(columns.values())) == 1:
+            defaults = columns["paper"]
+        add(f"--{name}", type=kind, choices=choices, help=f"{help} ({defaults})")
     add("--modules", nargs="+", choices=MODULES, help="what gets gates (ffn norm)")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     lowmem.add_flags(parser)
@@ -77,7 +90,10 @@ def parse_args(argv=None, text: str | None = None):
     args.preset = args.preset or ("tiny" if is_tiny else "paper")
     for name, columns in (DEFAULTS | HEALING).items():
         if getattr(args, name) is None:
-            setattr(args, name, columns[list(PRESETS).index(args.preset)])
+            value = columns[args.preset == "tiny"]
+            if args.preset == "official":
+                value = OFFICIAL.get(name, value)
+            setattr(args, name, value)
             if name in GROWING and args.preset == "tiny":
                 setattr(args, name, GROWING[name](getattr(args, name), len(args.concept)))
     args.heal = int(args.heal and (args.heal_steps > 0 or args.refit > 0))

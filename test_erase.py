@@ -889,9 +889,19 @@ def test_dry_run_and_paper_preset(tmp_path, capsys, monkeypatch):
     for flags in ("tiny/flux --preset paper", f"{models.SCHNELL} --preset paper", models.SCHNELL):
         args = vars(erase.parse_args(f"--concept gun --model {flags}".split()))
         assert args | paper == args
+    official = dict(temperature=0.83, noise=0.5, beta=0.1, batch=2, retain_batch=2)
+    args = vars(erase.parse_args("--concept gun --model tiny/flux --preset official".split()))
+    assert args | paper | official | dict(preset="official") == args
 
 
-SCRIPTS = dict(erase=6, evaluate=5, attacks=1, probes=1, bench=0, baselines=5)
+def test_official_noise():
+    """The authors' bounded noise leaves all gates at .99 or more at the start, 3.4 % below 1."""
+    uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    gates = erase.relax(torch.full((100_000,), 3.0), "hard_concrete", 0.0, uniform, 0.83)
+    assert gates.min() > 0.989 and (gates < 1).float().mean() == pytest.approx(0.034, abs=0.003)
+
+
+SCRIPTS = dict(erase=6, evaluate=5, attacks=1, probes=1, bench=0, baselines=5, reproduce=1)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
