@@ -36,6 +36,7 @@ from tqdm import tqdm
 import artefacts
 import compose
 import heal
+import importmask
 import lowmem
 import pictures
 import promptfiles
@@ -327,6 +328,7 @@ def run(args) -> None:
     args.model = artefacts.pinned_model(args.model, args.out_dir, args.resume)
     kind, meta, others, call = models.inspect_model(args.model, **flags(models.CALL_FLAGS))
     sites = gate_sites(meta, args.modules)
+    imported = importmask.read(args.import_mask, meta) if args.import_mask else None
     learnt = {}
     if args.heal:
         size = heal.size_of(meta, args.heal_rank)
@@ -359,6 +361,8 @@ def run(args) -> None:
     teachers = []
     if args.compose:
         earlier, teachers = compose.teachers(args, pipe)
+    if imported:
+        earlier = artefacts.joined(earlier, imported)
     workers.wait_for_everyone()  # all have looked at out_dir
     log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 

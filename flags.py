@@ -2,6 +2,7 @@
 
 import artefacts
 import compose
+import importmask
 import lowmem
 import models
 import promptfiles
@@ -58,6 +59,7 @@ def parse_args(argv=None, text: str | None = None):
     add = parser.add_argument
     promptfiles.add_flags(parser)
     compose.add_flags(parser)
+    importmask.add_flags(parser)
     models.add_flags(parser)
     add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
     add("--steps", type=COUNT, help="optimiser steps of the mask (400)")
@@ -81,6 +83,8 @@ def parse_args(argv=None, text: str | None = None):
         parser.error("--restore: goes with --compose")
     elif not args.concept:
         parser.error("the following arguments are required: --concept")
+    if args.import_mask:
+        importmask.fill(args)
     args.steps = 400 if args.steps is None else args.steps
     args.modules = args.modules or ["ffn", "norm"]
 

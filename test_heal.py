@@ -443,3 +443,49 @@ def test_compose(pipe, request, few, tmp_path, capsys):
         assert wanted in refused(capsys, *line, *dry), line
     shutil.rmtree(parts[1])
     assert "is gone or has changed" in refused(capsys, "--compose", both, *dry)
+
+
+def test_import_mask(pipe, tmp_path, capsys):
+    """Lists of tensors as the authors' code keeps them, one a layer, become an erased folder whose
+    gates are closed where a value is 0 or less; what does not fit is refused by name, a pickle with
+    a line that says how to convert it."""
+    generator = torch.Generator().manual_seed(0)
+    lists, wanted = {}, {}
+    for module in ("ffn", "norm"):
+        for i, (name, site) in enumerate(gate_sites(pipe.transformer, (module,)).items()):
+            values = torch.randn(site.units, generator=generator) + 2
+            lists[f"{module}.{i}"], wanted[name] = values[None], (values > 0).float()
+    file = tmp_path / "theirs.safetensors"
+    save_file(lists, file)
+    line = [
+        "--import_mask",
+        str(file),
+        "--concept",
+        "gun",
+        "--model",
+        "tiny/flux",
+        "--save",
+        "mask",
+    ]
+    done = run("erase.py", *line, "--out_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    mask = artefacts.load_mask(tmp_path / "out/mask.safetensors", pipe)
+    assert all(torch.equal(mask[name], gates) for name, gates in wanted.items())
+    assert artefacts.load_erased(tmp_path / "out", device="cpu")
+
+    (tmp_path / "ff.pt").write_bytes(b"pickle")
+    some = [(lists | {"ffn.0": lists["ffn.0"][:, 1:]}, "ffn.0 has 511 values, ")]
+    some += [({k: v for k, v in lists.items() if k != "norm.1"}, "norm.1 is missing")]
+    some += [
+        ({k: v for k, v in lists.items() if k != "norm.3"}, "has of norm 3 tensors, the model 4")
+    ]
+    some += [(lists | dict(attn=torch.ones(3)), "attn is neither ffn. nor norm. and a number")]
+    some += [({k: torch.ones_like(v) for k, v in lists.items()}, "closes nothing")]
+    for i, (tensors, message) in enumerate(some):
+        save_file(tensors, tmp_path / f"{i}.safetensors")
+        line[1] = str(tmp_path / f"{i}.safetensors")
+        assert message in refused(capsys, *line, "--out_dir", tmp_path / "no"), message
+    line[1] = str(tmp_path / "ff.pt")
+    assert "is never unpickled; convert it" in refused(capsys, *line)
+    line[1] = str(file)
+    assert "--steps: does not go with --import_mask" in refused(capsys, *line, "--steps", "9")
