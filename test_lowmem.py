@@ -319,7 +319,7 @@ def test_compiled_blocks_see_their_gates():
             return [*found, erase.rollout(pipe, PROMPTS, [0, 1], **call)]
 
     plain = results()
-    lowmem.compile_blocks(pipe.transformer, backend="aot_eager")  # inductor's graphs, no C++
+    lowmem.compile_blocks(pipe.transformer, backend="eager")  # the same graphs, no C++
     ours = results()
     graphs = [compiled["unique_graphs"]]
     for values in every.values():
@@ -333,7 +333,7 @@ def test_compiled_blocks_see_their_gates():
 
     torch._dynamo.reset()
     pipe, call = made("schnell", num_inference_steps=1)
-    lowmem.compile_blocks(pipe.transformer, backend="aot_eager")
+    lowmem.compile_blocks(pipe.transformer, backend="eager")
     for block in (1, 2):
         gradients(pipe, call, {f"transformer_blocks.{block}.ff.net.2": torch.ones(512)})
         graphs.append(compiled["unique_graphs"])
