@@ -3,6 +3,7 @@ pictures out. A picture is drawn once and kept. foreign.py says what a path hold
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,14 +56,15 @@ def make_column(path: Path, out_dir: Path, base, cases: list[Case], lora_scale=N
 
 
 def earlier_columns(names, out_dir: Path, cases: list[Case]) -> list[Column]:
-    """Those of earlier evaluations in out_dir whose pictures are all still there."""
+    """Those of earlier evaluations in out_dir of which pictures are still there."""
     found = []
     for name in names:
-        for folder in (out_dir / slug(name), Path(name)):
-            column = Column(name, folder)
-            if all(file.is_file() for file in column.files(cases)):
-                found.append(column)
-                break
+        column = Column(name, out_dir / slug(name))
+        if not column.folder.is_dir() and foreign.is_pictures(Path(name)):
+            with suppress(UserError):  # of other cases by now
+                column = picture_column(Path(name), cases)
+        if any(file.is_file() for file in column.files(cases)):
+            found.append(column)
     return found
 
 

@@ -257,6 +257,8 @@ def test_other_tools(pipe, tmp_path, capsys):
     assert "pictures matched by name; " in (tmp_path / "out/report.md").read_text()
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert scores.keys() == found["results"].keys() and all(scores.values())
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<li ") == 14 and page.count("<img ") == 14 * 4
     assert "whose threshold is another" in refused(capsys, *compare, by_name, "--threshold", "0.9")
     assert "--lora_scale: no LoRA of" in refused(capsys, *compare, weights, "--lora_scale", "2")
     (in_order / "3.png").unlink()
