@@ -35,11 +35,11 @@ def command(script, *arguments, launch=()):
 
 
 def run(script, *arguments, launch=()):
-    """Runs it to the end: in this process, whose imports take seconds, or as `launch` says."""
+    """Runs it to the end: in this process, for the imports take seconds, unless launch says how."""
     line = command(script, *arguments, launch=launch)
-    if launch:
+    main = getattr(importlib.import_module(script.removesuffix(".py")), "main", None)
+    if launch or not main:
         return subprocess.run(line, capture_output=True, text=True, **PLACE)
-    main = importlib.import_module(script.removesuffix(".py")).main
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with contextlib.chdir(models.HERE):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -281,12 +282,16 @@ def test_bad_input(script, line, message, erased, tmp_path, capsys, monkeypatch)
 
 
 def test_what_is_not_for_attacks(tmp_path):
-    """Whatever else than one call of FLUX.1's transformer a step draws is refused; a NaN among the
+    """Whatever else than one call of a known transformer a step draws is refused; a NaN among the
     judge's answers is no sighting, and hides no other picture's score."""
-    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
-    with pytest.raises(UserError, match="^erased/x: .* is a ZImagePipeline; attacks open a Flux"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    with pytest.raises(UserError, match="^erased/x: .* is a StableDiff.*; attacks open only Flux"):
         check_family(str(tmp_path), {}, "erased/x")
-    with pytest.raises(UserError, match="^erased/x: is sampled with true_cfg_scale"):
-        check_family(TINY, dict(true_cfg_scale=2.0), "erased/x")
+    guided = {TINY: dict(true_cfg_scale=2.0, negative_prompt="x")}
+    guided |= {str(HERE / f"tiny/{name}"): dict(guidance_scale=4.0) for name in ("flux2", "zimage")}
+    for model, call in guided.items():
+        with pytest.raises(UserError, match="^erased/x: is sampled with two passes a step"):
+            check_family(model, call, "erased/x")
+        check_family(model, CALLS[f"tiny/{Path(model).name}"], "erased/x")
     setup = SimpleNamespace(question="a gun", judge=lambda *_: [[float("nan")], [0.9]])
     assert Setup.score(setup, [None, None]) == [0.0, 0.9]
