@@ -232,8 +232,9 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     write_json(out_dir / "scores.json", scored)
     report.write_report(results, about, evaluation.columns, cases, scores, out_dir)
     others = [name for name in evaluation.earlier if name in about["forms"]]  # no controls
-    shown = evaluation.columns + earlier_columns(others, out_dir, cases)
-    title = f"{', '.join(about['concept'])}: {names}"
+    shown = [base, *earlier_columns(others, out_dir, cases), *evaluation.columns[1:]]
+    compared = ", ".join(f"{column.name} ({about['forms'][column.name]})" for column in shown[1:])
+    title = f"{', '.join(about['concept'])}: {compared}"
     webpage.write_page(out_dir, title, shown, cases, scored, report.table(results))
     seconds = dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1))
     write_json(out_dir / "results.json", dict(about=about, results=results, seconds=seconds))

@@ -50,7 +50,6 @@ def embedded(files: list[Path], limit: float) -> dict[Path, str]:
     """{file: data URI} in the first of FORMS in which all of them have no more than `limit`
     characters. A few are tried first."""
     few = files[:: len(files) // 8 + 1]
-    found = {}
     for form in FORMS:
         size = sum(len(data_uri(file, *form)) for file in few)
         if size * len(files) <= limit * len(few) or form is FORMS[-1]:
@@ -93,8 +92,9 @@ def item(case: Case, files: dict, scores: dict, out_dir: Path, uris: dict) -> tu
 
     keys = []
     shown = links = ""
+    *_, key = keys_of(case, list(scores.values())[1], scores["base"])  # shown of all models
     for name, found in scores.items():
-        *both, key = keys_of(case, found, scores["base"])
+        *both, _ = keys_of(case, found, scores["base"])
         keys += [value if value is None else round(value, 6) for value in both]
         label = html.escape(name)
         picture = '<span class="none">no picture</span>'
