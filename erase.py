@@ -390,7 +390,7 @@ def run(args) -> None:
     fit = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed, batch=args.micro_batch)
     fit = partial(refit, pipe.transformer, sample, masked, retain=retain, **fit)
     lora = {}
-    if args.heal and teachers:
+    if args.heal and args.refit and teachers:
         lora = fit(lora, teachers, with_text=True)
     if args.heal and args.heal_steps:
         learn, latest = learner(pipe, pairs, retain, **learning)
