@@ -391,7 +391,7 @@ def run(args) -> None:
     fit = partial(refit, pipe.transformer, sample, masked, retain=retain, **fit)
     lora = {}
     if args.heal and args.refit and teachers:
-        lora = fit(lora, teachers, with_text=True)
+        lora = fit(teachers)
     if args.heal and args.heal_steps:
         learn, latest = learner(pipe, pairs, retain, **learning)
         own = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
@@ -400,7 +400,7 @@ def run(args) -> None:
         return
     if args.heal and args.refit and (args.heal_steps or not teachers):
         itself = Teacher([prompt for prompt, _ in pairs], masked, lora)
-        lora = fit(lora, [itself], with_text=bool(teachers))
+        lora = fit([itself])
 
     # what it did, on prompts and noises that training never had; gated and folded are the same bits
     errors = {}

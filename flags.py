@@ -41,8 +41,10 @@ HEALING = dict(
     refit=(0.01, 0.01, POSITIVE, "strength of the ridge regression after it; 0: none"),
     refit_rank=(64, 64, COUNT, "the LoRA's rank after that"),
 )
+STEPS = dict(paper=400, official=400, tiny=200)  # of the mask
 # What several concepts in one run get more of, of the preset tiny.
 GROWING = dict(
+    steps=lambda steps, concepts: min(400, steps * concepts),
     max_closed=lambda share, concepts: min(0.05, share * concepts),
     heal_steps=lambda steps, concepts: round(steps * concepts**0.5),
 )
@@ -62,7 +64,8 @@ def parse_args(argv=None, text: str | None = None):
     importmask.add_flags(parser)
     models.add_flags(parser)
     add("--preset", choices=PRESETS, help="column of defaults (embedded models: tiny, else paper)")
-    add("--steps", type=COUNT, help="optimiser steps of the mask (400)")
+    steps = ", ".join(f"{preset}: {count}" for preset, count in STEPS.items())
+    add("--steps", type=COUNT, help=f"optimiser steps of the mask ({steps})")
     for name, (paper, tiny, kind, help) in (DEFAULTS | HEALING).items():
         choices = RELAXATIONS if name == "gate" else None
         columns = dict(paper=shown(paper), tiny=shown(tiny))
@@ -85,21 +88,21 @@ def parse_args(argv=None, text: str | None = None):
         parser.error("the following arguments are required: --concept")
     if args.import_mask:
         importmask.fill(args)
-    args.steps = 400 if args.steps is None else args.steps
     args.modules = args.modules or ["ffn", "norm"]
 
     args.device = args.device or models.default_device()
     args.model, args.on = artefacts.base_of(args.model, args.device)
     is_tiny = models.is_embedded(args.model)
     args.preset = args.preset or ("tiny" if is_tiny else "paper")
-    for name, columns in (DEFAULTS | HEALING).items():
+    is_ours = args.preset == "tiny"
+    values = {name: columns[is_ours] for name, columns in (DEFAULTS | HEALING).items()}
+    values["steps"] = STEPS[args.preset]
+    if args.preset == "official":
+        values |= OFFICIAL
+    for name, value in values.items():
         if getattr(args, name) is None:
-            value = columns[args.preset == "tiny"]
-            if args.preset == "official":
-                value = OFFICIAL.get(name, value)
-            setattr(args, name, value)
-            if name in GROWING and args.preset == "tiny":
-                setattr(args, name, GROWING[name](getattr(args, name), len(args.concept)))
+            grow = GROWING.get(name) if is_ours else None
+            setattr(args, name, grow(value, len(args.concept)) if grow else value)
     args.heal = int(args.heal and (args.heal_steps > 0 or args.refit > 0))
     args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
     args.out_dir = args.out_dir or artefacts.default_folder(args.concept)

@@ -173,9 +173,12 @@ def is_cpu(device) -> bool:
 
 
 def default_dtype(device, transformer=None) -> torch.dtype:
-    """bf16, but fp32 on a CPU, unless the transformer has more than 10^9 parameters."""
-    size = sum(p.numel() for p in transformer.parameters()) if transformer else 0
-    return torch.float32 if is_cpu(device) and size <= 10**9 else torch.bfloat16
+    """fp32 for a transformer of at most 10^9 parameters, else bf16; without one by the device."""
+    if transformer is None:
+        is_small = is_cpu(device)
+    else:
+        is_small = sum(p.numel() for p in transformer.parameters()) <= 10**9
+    return torch.float32 if is_small else torch.bfloat16
 
 
 def dtype_of(model: str, device) -> torch.dtype:

@@ -1,16 +1,15 @@
-"""Fits the LoRA of heal.py again, in closed form and layer by layer in the order of computation:
-what was done to prompts that should stay is mended.
+"""Fits a LoRA from nothing, in closed form and layer by layer in the order of computation: it is to
+do what teachers do to their concepts, and leave all else as it was.
 
 A change D (outputs, inputs) of a layer's weight minimises
 
-      sum |(W + B A + D) h + b - y|^2 + lambda |D|^2     lambda = strength x mean diagonal of H
+      sum |(W + D) h + b - y|^2 + lambda |D|^2     lambda = strength x mean diagonal of H
 
-over rows h, the layer's inputs in the model as mended so far, H = sum h h^T. On retain prompts,
+over rows h, the layer's inputs in the model as changed so far, H = sum h h^T. On retain prompts,
 along the base's own trajectory, y is what the base's layer gives; on a teacher's prompts, along its
-own, y is what the teacher's gives, so that its concept stays erased (those rows count CONCEPT
-times). The teacher is the erased model before this, or, where several are put together, each of
-them for its concept. The best R ranks of B A + D are the layer's new LoRA. A closed neuron's h is
-0: nothing brings it back.
+own, y is what the teacher's gives (those rows count CONCEPT times). The teacher is the model that
+heal.py tuned, or, where several are put together, each of them for its concept. The best R ranks of
+D are the layer's LoRA. A closed neuron's h is 0: nothing brings it back.
 
 Memory: H in fp64 of one stage's layers, never all h (FLUX.1's widest, 15,360 inputs: 1.9 GB, as
 much again to solve); for each state (a call of the transformer) and list of blocks its last output,
@@ -28,21 +27,21 @@ from typing import NamedTuple
 
 import torch
 
-from heal import ATTENTION, TEXT, adapted, best_ranks, open_layers, readers
+from heal import ATTENTION, TEXT, adapted, best_ranks, open_layers
 from memory import blocks_of
 from recompute import replaced
 
-CONCEPT = 4.0  # weight of the concept prompts' rows
+CONCEPT = 2.0  # weight of the concept prompts' rows
 PICTURES = 80  # of concept prompts, at least
 NOISE = 2**41  # seeds far from those of training and of any evaluation
 
 
-def stages(transformer, state, with_text: bool = False) -> list:
+def stages(transformer, state) -> list:
     """[(blocks before it, layers)] in the order of computation. No layer of a stage reads what
     another one makes: they are the outputs of one attention, or of one block's FFNs, or the text's
     queries, keys and values."""
     blocks = blocks_of(transformer)
-    layers = open_layers(transformer) if with_text else readers(transformer)
+    layers = open_layers(transformer)
     called = []
     with contextlib.ExitStack() as hooks:
         for name in (*blocks, *layers):
@@ -151,13 +150,11 @@ class Teacher(NamedTuple):
 
 @torch.no_grad()
 def refit(
-    transformer, sample, masked, lora, teachers,
-    *, retain, strength, rank, batch=16, seed=0, with_text=False,
-) -> dict:  # fmt: skip
-    """The LoRA fitted again, see above, on a picture of each retain prompt and PICTURES or more of
-    the teachers' prompts. sample(prompts, seeds) draws them; masked() is a context with the mask's
-    gates; with_text: the text's layers too, not only heal.readers, as where models are put
-    together. Raises RuntimeError where a weight is not finite."""
+    transformer, sample, masked, teachers, *, retain, strength, rank, batch=16, seed=0
+) -> dict:
+    """The LoRA, see above, fitted on a picture of each retain prompt and PICTURES or more of the
+    teachers' prompts. sample(prompts, seeds) draws them; masked() is a context with the mask's
+    gates. Raises RuntimeError where a weight is not finite."""
     first_seed = NOISE + seed * 2**22
     groups = [(states(transformer, sample, retain, first_seed, batch), contextlib.nullcontext, {})]
     for teacher in teachers:
@@ -169,10 +166,10 @@ def refit(
     every = [state for found, _, _ in groups for state in found]
     weights = [1.0] * len(groups[0][0])
     weights += [CONCEPT] * (len(every) - len(weights))
-    lora = dict(lora)
+    lora = {}
     taught, student = [{} for _ in every], [{} for _ in every]  # what blocks gave, by state
     with replaying(transformer) as replay:
-        for done, names in stages(transformer, every[0], with_text):
+        for done, names in stages(transformer, every[0]):
             targets = []
             for found, gates, change in groups:
                 with adapted(transformer, change), gates():
@@ -189,8 +186,5 @@ def refit(
                 change = solve(*sums.pop(name), strength)
                 if not change.isfinite().all():
                     raise RuntimeError(f"refit of {name}: a weight is not finite")
-                if name in lora:
-                    a, b = lora[name]
-                    change += b @ a
                 lora[name] = best_ranks(change, rank)
     return lora

@@ -6,8 +6,7 @@ goes on with after a kill.
     python reproduce.py topics --model black-forest-labs/FLUX.1-schnell --concepts gun
 
 A row is a variant of one concept over its seeds, mean (least-most). A run is made by erase.py or
-baselines.py, scored by evaluate.py in one folder a concept, whose base pictures are drawn once, and
-for `attacks` attacked too. Logs, seconds and peak memory stand beside it.
+baselines.py, scored by evaluate.py in one folder a concept, and for `attacks` attacked too.
 """
 
 import os
@@ -23,7 +22,7 @@ import artefacts
 import models
 from costs import markdown
 from safely import Parser, UserError, exit_code, number, write_text
-from tables import ATTACKS, COLUMNS, MANY, ORACLE, PICTURES, TABLES, TOPICS
+from tables import ATTACKS, COLUMNS, MADE_BY, MANY, ORACLE, TABLES, TOPICS
 
 MINUTES = {"erase.py": 5, "baselines.py": 3, "evaluate.py": 1, "attacks.py": 10}  # on two cores
 
@@ -45,12 +44,11 @@ def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
     home = args.out / short.replace(" ", "_")
     if flags == ORACLE:
         return Run(home, models.HERE / f"tiny/work_without_{short}/model/flux", [], concepts)
-    name = flags.replace("--", "").replace(" ", "_").removeprefix("method_") or "ours"
+    words = flags.partition("{home}")[0].replace("--", "").split()
+    name = "_".join(words).removeprefix("method_") or "ours"
     script = "baselines.py" if flags.startswith("--method") else "erase.py"
-    line = [script, "--concept", *concepts, *flags.split(), "--seed", str(seed)]
-    line += ["--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]
-    if flags in PICTURES.values():
-        line += ["--cases", str(home / "cases.json")]
+    line = [script, "--concept", *concepts, *flags.format(home=home).split()]
+    line += ["--seed", str(seed), "--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]
     return Run(home, home / f"{name}_{seed}", line, concepts)
 
 
@@ -90,8 +88,10 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
     is_made |= "seconds" in artefacts.read_config(run.folder)  # by baselines.py
     if run.make and not is_made:
         is_begun = run.folder.is_dir() and any(run.folder.iterdir())
-        if "--cases" in run.make and not (run.home / "cases.json").is_file():
-            lines.append(["evaluate.py", "--export_cases", str(run.home / "cases.json"), *about])
+        for flag, maker in MADE_BY.items():
+            if flag in run.make:
+                file = run.make[run.make.index(flag) + 1]
+                lines += [] if Path(file).is_file() else [["evaluate.py", maker, file, *about]]
         lines.append(run.make + ["--resume"] * is_begun)
     place = ["--compare", str(run.folder), "--out_dir", str(run.home / "eval")]
     lines.append(["evaluate.py", *place, *about])
@@ -100,7 +100,7 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
         prompts = ["--num_prompts", str(args.num_prompts)]
         lines.append(["attacks.py", *place, *about, *prompts])
     done = artefacts.read_json(run.beside(".json"))
-    return [line for line in lines if line[0] not in done or "--export_cases" in line]
+    return [line for line in lines if line[0] not in done or line[1] in MADE_BY.values()]
 
 
 def start(run: Run, line: list[str]) -> bool:
@@ -114,7 +114,7 @@ def start(run: Run, line: list[str]) -> bool:
     if status:
         print(f"      failed, see {log.name}", flush=True)
         return False
-    if "--export_cases" not in line:
+    if line[1] not in MADE_BY.values():
         took = dict(seconds=round(time.time() - began), gib=round(used.ru_maxrss / 2**20, 2))
         done = artefacts.read_json(run.beside(".json"))
         artefacts.write_json(run.beside(".json"), done | {line[0]: took})

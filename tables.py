@@ -20,13 +20,17 @@ BEST = {
     "--anchor neutral --eta 0",
     "gem, tuned": "--method gem --batch_size 8 --retain 10000 --steps 80",
 }
+# Files that a run takes, and evaluate.py's flag that makes them.
+MADE_BY = {"--cases": "--export_cases", "--prompts": "--filter"}
 PICTURES = {"sld": "--method sld", "negative": "--method negative"}
 PICTURES["flowedit"] = "--method flowedit --steps 8"
+PICTURES = {name: flags + " --cases {home}/cases.json" for name, flags in PICTURES.items()}
 TABLES = dict(
     topics=OURS | PAPER | BEST | BASELINES | PICTURES | {"oracle": ORACLE},
     attacks=OURS | {"uce_context": BASELINES["uce_context"]} | BEST | {"oracle": ORACLE},
     beta={"beta 3": ""} | {f"beta {b}": f"--beta {b}" for b in (0.3, 1, 10)},
-    steps={"400 steps": ""} | {f"{n} steps": f"--steps {n}" for n in (50, 100, 200)},
+    steps={"200 steps": ""} | {f"{n} steps": f"--steps {n}" for n in (50, 100, 400)},
+    filter={"all pairs": "", "the paper's filter": "--prompts {home}/filtered.csv"},
     prompts={f"{n} pairs": f"--num_prompts {n}" for n in (1, 8, 16, 20)},
     modules={"ffn norm": ""} | {m: f"--modules {m}" for m in ("ffn", "norm", "kv", "heads", "mlp")},
     gates={"1 %": ""} | {f"{n} %": f"--max_closed {n / 100}" for n in (0.2, 0.5, 2, 5)},

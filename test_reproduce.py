@@ -70,6 +70,6 @@ def test_every_table_is_planned(tmp_path, capsys):
                 script.parse_args(run.make[1:])
     steps = {variant: run.folder for variant, _, run in reproduce.planned("steps", args)}
     gates = {variant: run.folder for variant, _, run in reproduce.planned("gates", args)}
-    assert steps["400 steps"] == gates["1 %"] != steps["50 steps"]
+    assert steps["200 steps"] == gates["1 %"] != steps["50 steps"]
     with pytest.raises(reproduce.UserError, match="TABLE: no nix"):
         reproduce.parse_args(["nix"])
