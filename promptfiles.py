@@ -169,6 +169,11 @@ def kind_of(concept: str, kind: str | None, vocabulary: dict) -> str:
     return kind if kind in KINDS else "object"
 
 
+def is_style(concept: str, kind: str | None, vocabulary: dict) -> bool:
+    known = vocabulary.get(bare(concept).lower(), {}).get("kind")
+    return (kind or known) == "style"
+
+
 def template_pairs(
     concept: str, kind: str, neutral: str | None, templates: list[dict], vocabulary: dict
 ) -> list[dict]:
@@ -273,8 +278,7 @@ def training_rows(
         if not train:
             flag = "--prompts" if prompts else "--concept"
             raise UserError(f"{flag}: no training pairs for {name!r}")
-        known = vocabulary.get(bare(name).lower(), {}).get("kind")
-        most = STYLE_PAIRS if (kind or known) == "style" else PAIRS
+        most = STYLE_PAIRS if is_style(name, kind, vocabulary) else PAIRS
         pairs += train[: num_prompts or most]
         tests += of_split(rows, "test")
     rows = without(concept, retain_rows(str(retain or folder / "retain.csv")))
