@@ -125,7 +125,7 @@ def plan(
 # ------------------------------------------------------------------------------- what is done to it
 def place(pipe, device, kind="none", offloaded=False, compiled=False) -> None:
     """The transformer and the VAE to the device, as --quantize, --offload and --compile say."""
-    # on an H200 (torch 2.11) FLUX's attention ended in illegal memory accesses of cuDNN's kernel
+    # cuDNN's attention at FLUX's size ended in an illegal memory access (torch 2.11, an H200)
     torch.backends.cuda.enable_cudnn_sdp(False)
     quantize(pipe.transformer, kind, "cpu" if offloaded else device)
     if offloaded:

@@ -72,7 +72,7 @@ MODELS = {
         ),
     ),
 }  # fmt: skip
-SPEED = 400e12  # operations a second: 40 % of what is said of an H100 in bf16; an assumption
+SPEED = 300e12  # operations a second: FLUX.1 at 1024 pixels on an H200, see bench/h200.json
 
 
 def write_configs(name: str, folder: Path) -> None:
