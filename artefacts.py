@@ -34,7 +34,8 @@ from sites import MODULES, fold, gate_sites
 MASK_FORMAT = "minimalist-concept-erasure mask 3"
 # Flags without a place in config.json, and those that a resumed run may change: the result is not.
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
-FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
+FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile", "refit")
+FREE += ("refit_rank",)  # both of what comes after all training
 
 
 def add_flags(parser) -> None:
@@ -196,6 +197,8 @@ def base_of(model: str | None, device: str) -> tuple[str, str | None]:
     folder = Path(model)
     config = erased_config(folder) if model else {}
     if not config:
+        if folder.parts[:1] in (("erased",), ("tiny",)) and not folder.exists():
+            raise UserError(f"--model: no folder {model}")
         return model, None
     if not (folder / "mask.safetensors").is_file():
         raise UserError(f"--model: {folder}: no mask.safetensors, so no finished erased model")

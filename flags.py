@@ -13,22 +13,27 @@ from sites import MODULES
 PRESETS = dict(paper="paper (--preset tiny keeps far more other things: RESULTS.md)", tiny="tiny")
 PRESETS["official"] = "official (the authors' code, whose values are not the paper's)"
 RELAXATIONS = ("sigmoid", "hard_concrete", "straight_through")
-POSITIVE, COUNT, SHARE = number(float, 0), number(int, 1), number(float, 0, 1)
+NOT_NEGATIVE, COUNT, SHARE = number(float, 0), number(int, 1), number(float, 0, 1)
 DEFAULTS = dict(
     gate=("hard_concrete", "straight_through", str, "relaxation of the gates"),
-    temperature=(2 / 3, 2 / 3, POSITIVE, "of hard_concrete"),
+    temperature=(2 / 3, 2 / 3, number(float, 0.01), "of hard_concrete"),
     noise=(1.0, 1.0, SHARE, "of hard_concrete: how much of its noise's range is drawn from"),
-    lr_ffn=(0.5, 0.25, POSITIVE, "learning rate of all gates but norm's"),
-    lr_norm=(0.5, 0.25, POSITIVE, "learning rate of the norm gates"),
+    lr_ffn=(0.5, 0.25, NOT_NEGATIVE, "learning rate of all gates but norm's"),
+    lr_norm=(0.5, 0.25, NOT_NEGATIVE, "learning rate of the norm gates"),
     lr_decay=(0, 1, number(int, 0, 1), "1: the learning rates fall linearly to 0"),
     weight_decay=(0.01, 0.0, SHARE, "AdamW's, on the logits"),
-    adam_eps=(1e-8, 1e-4, POSITIVE, "AdamW's: gates with gradients far below it stay"),
-    beta=(0.01, 3.0, POSITIVE, "weight of preserve_loss"),
+    adam_eps=(1e-8, 1e-4, number(float, 1e-20), "AdamW's: gates with gradients far below it stay"),
+    beta=(0.01, 3.0, NOT_NEGATIVE, "weight of preserve_loss"),
     batch=(4, 4, COUNT, "concept prompts a step"),
     retain_batch=(4, 8, COUNT, "retain prompts a step"),
     hard=(0.0, 0.75, SHARE, "share of a step's prompts drawn by their latest error"),
     max_closed=(1.0, 0.01, SHARE, "share of the gates that may close"),
-    harm=(0.0, 1.0, POSITIVE, "initial weight, times beta, of what closing each gate alone does"),
+    harm=(
+        0.0,
+        1.0,
+        NOT_NEGATIVE,
+        "initial weight, times beta, of what closing each gate alone does",
+    ),
 )
 # Where the authors' released code, as it is run, has other values than table 6.
 OFFICIAL = dict(beta=0.1, temperature=0.83, noise=0.5, batch=2, retain_batch=2)
@@ -36,9 +41,9 @@ OFFICIAL = dict(beta=0.1, temperature=0.83, noise=0.5, batch=2, retain_batch=2)
 HEALING = dict(
     heal=(0, 1, number(int, 0, 1), "1: then mend the open weights, as the next five say"),
     heal_steps=(200, 200, number(int, 0), "steps on a LoRA of the open weights, the same loss"),
-    heal_lr=(2e-3, 2e-3, POSITIVE, "AdamW's learning rate there, which falls to 0"),
+    heal_lr=(2e-3, 2e-3, NOT_NEGATIVE, "AdamW's learning rate there, which falls to 0"),
     heal_rank=(16, 16, COUNT, "the LoRA's rank"),
-    refit=(0.01, 0.01, POSITIVE, "strength of the ridge regression after it; 0: none"),
+    refit=(0.01, 0.01, NOT_NEGATIVE, "strength of the ridge regression after it; 0: none"),
     refit_rank=(64, 64, COUNT, "the LoRA's rank after that"),
 )
 STEPS = dict(paper=400, official=400, tiny=200)  # of the mask

@@ -479,10 +479,15 @@ def encode_all(pipe, device, prompts, call: dict) -> None:
     def stop(*_):
         raise Encoded
 
+    prompts = list(dict.fromkeys(prompts))
     with pipe.transformer.register_forward_pre_hook(stop):
-        for prompt in dict.fromkeys(prompts):
+        for start in range(0, len(prompts), 16):  # fewer calls of the sampler, not larger batches
+            part = prompts[start : start + 16]
+            negative = {
+                name: [call[name]] * len(part) for name in call if name == "negative_prompt"
+            }
             with contextlib.suppress(Encoded):
-                pipe(prompt=[prompt], output_type="latent", **call)
+                pipe(prompt=part, output_type="latent", **call | negative)
     for name in encoders:
         setattr(pipe, name, None)
     torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """Text in, rows out: prompt files, templates and the words in them. No tensor here."""
 
 import csv
+import difflib
 import random
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from safely import UserError, check_regular, first_line, number
 PAIRS, STYLE_PAIRS = 20, 200  # of a style 20 are learned by heart
 FLAGS = ("concept", "kind", "neutral", "prompts", "retain", "num_prompts")
 KINDS = ("object", "style", "person")
-COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
+COLUMNS = ("prompt", "neutral_prompt", "split")
 
 
 # Objects without an article: what is not counted, and plurals that do not end in s.
@@ -59,12 +60,13 @@ def check_row(row: dict, columns) -> None:
         raise ValueError("prompt is empty")
     if "neutral_prompt" in columns and row["prompt"] == row["neutral_prompt"]:
         raise ValueError("prompt and neutral_prompt are the same")
-    if not re.fullmatch(r"[0-9]{1,18}", row["evaluation_seed"]):
+    if not re.fullmatch(r"[0-9]{1,18}", row.get("evaluation_seed", "0")):
         raise ValueError(f"evaluation_seed is {row['evaluation_seed']!r}, not a whole number")
 
 
 def read_rows(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
-    """Rows of a prompt CSV, evaluation_seed as a number. Raises UserError with column or line."""
+    """Rows of a prompt CSV; evaluation_seed as a number, without that column from 1000 on. Raises
+    UserError with column or line."""
     rows = []
     check_regular(path, flag)
     try:
@@ -84,7 +86,8 @@ def read_rows(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
                     check_row(row, columns)
                 except ValueError as error:
                     raise UserError(f"{where}: {error}") from None
-                rows.append(row | dict(evaluation_seed=int(row["evaluation_seed"])))
+                seed = int(row.get("evaluation_seed", 1000 + len(rows)))
+                rows.append(row | dict(evaluation_seed=seed))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{flag}: cannot read {path}: {error}") from None
     if not rows:
@@ -164,7 +167,9 @@ def kind_of(concept: str, kind: str | None, vocabulary: dict) -> str:
     """What the command line says, else the vocabulary. Raises UserError if neither does."""
     known = vocabulary.get(bare(concept).lower(), {}).get("kind")
     if not kind and not known:
-        raise UserError(f"--kind: needed for {concept!r}: is it an object, a style or a person?")
+        near = difflib.get_close_matches(concept, vocabulary, 1)
+        meant = f" (or did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"--kind: needed for {concept!r}: object, style or person?{meant}")
     kind = kind or known
     return kind if kind in KINDS else "object"
 
@@ -218,7 +223,7 @@ def concept_pairs(
         source = folder / "templates.csv"
     if neutral is None and kind != "style":
         neutral = "nothing" if folder.name == "tiny" else ""
-    columns = ("prompt", "evaluation_seed", "split")
+    columns = ("prompt", "split")
     return template_pairs(
         concept, kind, neutral, read_rows(source, "--concept", columns), vocabulary
     )
@@ -249,7 +254,7 @@ class Rows(NamedTuple):
 def retain_rows(spec: str) -> list[dict]:
     """Of a CSV with splits; of a set as in load_prompts(), every fifth is for tests."""
     if "#" not in spec and not spec.startswith("hf:"):
-        return read_rows(Path(spec), "--retain", ("prompt", "evaluation_seed", "split"))
+        return read_rows(Path(spec), "--retain", ("prompt", "split"))
     rows, _ = drop_minors(load_prompts(spec, "--retain"), "--retain")
     return [row | dict(split="train" if i % 5 else "test") for i, row in enumerate(rows)]
 
@@ -281,6 +286,11 @@ def training_rows(
         most = STYLE_PAIRS if is_style(name, kind, vocabulary) else PAIRS
         pairs += train[: num_prompts or most]
         tests += of_split(rows, "test")
+    if len(concept) > 1:  # no picture of one is the target for another
+        pairs = [row for row in pairs if not names_any(concept, row["neutral_prompt"])]
+        tests = [row for row in tests if not names_any(concept, row["neutral_prompt"])]
+        if not pairs:
+            raise UserError(f"--concept: no prompts are left of {', '.join(concept)} together")
     rows = without(concept, retain_rows(str(retain or folder / "retain.csv")))
     others = of_split(rows, "train")
     if not others:

@@ -12,8 +12,9 @@ heal.py tuned, or, where several are put together, each of them for its concept.
 D are the layer's LoRA. A closed neuron's h is 0: nothing brings it back.
 
 Memory: H in fp64 of one stage's layers, never all h (FLUX.1's widest, 15,360 inputs: 1.9 GB, as
-much again to solve); for each state (a call of the transformer) and list of blocks its last output,
-in two models (FLUX.1 at 512 pixels, bf16: 47 MB a state and picture). Time: about 3 passes of base
+much again to solve). In CPU memory: for each state (a call of the transformer) and list of blocks
+its last output, in two models, and what one stage's layers are to give (FLUX.1 at 512 pixels, bf16:
+47 and 9 MB a state and picture; of 380 pictures in 4 steps 85 GB). Time: about 3 passes of base
 and mended model over all states, whatever their depth, and 2 rows inputs^2 + inputs^3 / 3
 operations a layer, as much again for its ranks.
 """
@@ -26,6 +27,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from heal import ATTENTION, TEXT, adapted, best_ranks, open_layers
 from memory import blocks_of
@@ -48,7 +50,8 @@ def stages(transformer, state) -> list:
             layer = transformer.get_submodule(name)
             log = partial(lambda *_, name: called.append(name), name=name)
             hooks.enter_context(layer.register_forward_hook(log))
-        transformer(*state[0], **state[1])
+        args, kwargs = moved(state, next(transformer.parameters()).device)
+        transformer(*args, **kwargs)
 
     def owner(name):
         attention = ATTENTION.fullmatch(name)
@@ -63,6 +66,10 @@ def stages(transformer, state) -> list:
         else:
             found += [(done, list(layers)) for _, layers in itertools.groupby(names, owner)]
     return found
+
+
+def moved(tree, device):
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), tree)
 
 
 class Stop(Exception):
@@ -80,10 +87,11 @@ def replaying(transformer):
     def run_block(name, forward, *args, **kwargs):
         chain, _, index = name.rpartition(".")
         last, output = current["memory"].get(chain, (-1, None))
-        if int(index) > last:
-            output = forward(*args, **kwargs)
-            if name in current["done"]:
-                current["memory"][chain] = int(index), output
+        if int(index) <= last:
+            return moved(output, device)
+        output = forward(*args, **kwargs)
+        if name in current["done"]:
+            current["memory"][chain] = int(index), moved(output, "cpu")
         return output
 
     def run(state, layers, done, memory):
@@ -100,9 +108,11 @@ def replaying(transformer):
                 hook = partial(keep, name=name)
                 layer = transformer.get_submodule(name)
                 hooks.enter_context(layer.register_forward_hook(hook))
-            transformer(*state[0], **state[1])
+            args, kwargs = moved(state, device)
+            transformer(*args, **kwargs)
         return found
 
+    device = next(transformer.parameters()).device
     names = {block: name for name, block in blocks_of(transformer).items()}
     with replaced(list(names), lambda block, forward: partial(run_block, names[block], forward)):
         yield run
@@ -111,7 +121,8 @@ def replaying(transformer):
 def add_products(sums: dict, found: dict, targets: dict, weight: float) -> None:
     """Adds a state's rows to {layer: (sum h h^T, sum h (y - output)^T)}."""
     for name, (h, output) in found.items():
-        h, error = h.float(), targets[name].float() - output.float()
+        error = targets[name].to(output.device).float() - output.float()
+        h, error = h.float(), error * (output != 0)  # a closed gate's output stays 0
         products = weight * h.T @ h, weight * h.T @ error
         if name not in sums:
             sums[name] = [torch.zeros_like(p, dtype=torch.double) for p in products]
@@ -130,8 +141,8 @@ def states(transformer, sample, prompts, first_seed, batch) -> list:
     """[(args, kwargs)] with which the transformer is called while it samples: a seed a prompt."""
     found = []
 
-    def keep(transformer, args, kwargs):
-        found.append((args, kwargs))
+    def keep(transformer, *inputs):
+        found.append(moved(inputs, "cpu"))
 
     with transformer.register_forward_pre_hook(keep, with_kwargs=True):
         for start in range(0, len(prompts), batch):
@@ -175,7 +186,7 @@ def refit(
                 with adapted(transformer, change), gates():
                     for state in found:
                         rows = replay(state, names, done, taught[len(targets)])
-                        targets.append({name: output for name, (_, output) in rows.items()})
+                        targets.append({name: output.cpu() for name, (_, output) in rows.items()})
             sums = {}
             with adapted(transformer, lora), masked():
                 for state, memory, target, weight in zip(

@@ -170,7 +170,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     wrong = [table for table in args.tables if table not in TABLES]
     if wrong or not (args.tables or args.list):
-        what = f"no {wrong[0]}" if wrong else "which?"
+        what = f"no table {wrong[0]!r}" if wrong else "which?"
         raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
     args.concepts = args.concepts or TOPICS["tiny" if models.is_embedded(args.model) else "real"]
     args.out = args.out / Path(args.model).name

@@ -3,9 +3,11 @@ goes to a file can be read there."""
 
 import argparse
 import contextlib
+import difflib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -102,7 +104,10 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words)
 
     def error(self, message):
-        raise UserError(message[:300])
+        flag = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(flag[1], self._option_string_actions, 1) if flag else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(message[:300] + meant)
 
 
 def number(kind: type, low: float, high: float = 10**6, multiple: int = 1):

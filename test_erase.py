@@ -812,7 +812,7 @@ BAD = [
     ("--concept ..", "--concept: '..' is no word"),
     ("--concept gun GUN", "--concept: 'gun' is there twice"),
     (f"--concept {'x' * 999} --kind object", "File name too long: "),
-    ("--concept unicorn", "--kind: needed for 'unicorn': is it an object, a style or a person?"),
+    ("--concept unicorn", "--kind: needed for 'unicorn': object, style or person?"),
     ("--concept 'brad pitt' --kind man", "--kind: invalid choice: 'man'"),
     ("--concept '\x07gun'", "--concept: '\\x07gun' has characters that cannot be printed"),
     ("--concept 'gun, knife'", "'gun, knife' has a comma"),

@@ -30,6 +30,14 @@ RETAIN = [f"{x} on a {colour} background" for x in ("a dog", "a hat") for colour
 UNSEEN = ["a dog next to a hat", "a hat on a pink background", "we see a dog"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    """Enough for what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refit, "PICTURES", 12)
+        yield
+
+
 def random_mask(transformer, closed=0.2, modules=("ffn", "norm")):
     generator = torch.Generator().manual_seed(2)
     mask = {}
@@ -103,6 +111,18 @@ def test_closed_neurons_stay_zero(pipe, healed):
     mended = erased(pipe.transformer, mask, lora)
     for name, dim, index in closed_slices(mended, mask):
         assert not mended.get_parameter(name).index_select(dim, index).any(), name
+
+
+def test_closed_outputs_take_no_rank(pipe, healed):
+    """What a closed gate multiplies cannot be mended, so the LoRA leaves it alone."""
+    mask, lora = healed
+    most = []
+    for name in gate_sites(pipe.transformer, ("norm",)):
+        a, b = lora[name]
+        rows = (b @ a).abs().amax(1)
+        most.append(rows.max())
+        assert rows[mask[name] == 0].max() < 1e-5, name
+    assert max(most) > 1e-2
 
 
 def test_hooks_are_as_weights(pipe, healed):

@@ -71,5 +71,5 @@ def test_every_table_is_planned(tmp_path, capsys):
     steps = {variant: run.folder for variant, _, run in reproduce.planned("steps", args)}
     gates = {variant: run.folder for variant, _, run in reproduce.planned("gates", args)}
     assert steps["200 steps"] == gates["1 %"] != steps["50 steps"]
-    with pytest.raises(reproduce.UserError, match="TABLE: no nix"):
+    with pytest.raises(reproduce.UserError, match="TABLE: no table 'nix'"):
         reproduce.parse_args(["nix"])
