@@ -197,8 +197,6 @@ def base_of(model: str | None, device: str) -> tuple[str, str | None]:
     folder = Path(model)
     config = erased_config(folder) if model else {}
     if not config:
-        if folder.parts[:1] in (("erased",), ("tiny",)) and not folder.exists():
-            raise UserError(f"--model: no folder {model}")
         return model, None
     if not (folder / "mask.safetensors").is_file():
         raise UserError(f"--model: {folder}: no mask.safetensors, so no finished erased model")

@@ -4,18 +4,20 @@ model by switching few of its neurons off.
 Every neuron of some layers gets a gate in {0, 1}. With F(gates, noise, prompt) the final latents of
 the whole sampler, gradient descent on the gates' logits minimises
 
-      E |F(gates, noise, prompt) - F(open, noise, neutral prompt)|^2   prompts with the concept
-    + beta E |F(gates, noise, prompt) - F(open, noise, prompt)|^2      prompts without it
-    + what closing each gate alone would do (harm_of_closing), a term that fades out
+      E |F(gates, noise, prompt) - F(open, noise, neutral prompt)|^2   erase_loss: with the concept
+    + beta E |F(gates, noise, prompt) - F(open, noise, prompt)|^2      preserve_loss: without it
+    + beta x what closing each gate alone would do (harm_of_closing), a term that fades out
 
-end to end through all sampling steps; then the closed neurons' weights are zeroed, which leaves a
-plain state dict. The sampler is the pipeline's own __call__: this file knows nothing of a model's
-schedule, guidance or latents. "differs from paper" marks what is ours, such as the third term.
+end to end through all sampling steps. By the same losses a LoRA then learns on the open weights
+(heal.py), and is fitted again to harm nothing else (refit.py). Closed neurons' weights are zeroed,
+the LoRA is added: a plain state dict. The sampler is the pipeline's own __call__: this file knows
+nothing of a model's schedule, guidance or latents. "differs from paper" marks what is ours, such as
+the third term and the LoRA.
 
 A site is a layer at which gates multiply. Shapes: B pictures, U units (neurons) of a site, G gates
 of all sites in a row, N cases; latents are (B, ...).
 
-    python erase.py --concept gun --steps 400
+    python erase.py --concept gun
 """
 
 import json
@@ -169,8 +171,9 @@ def harm_of_closing(
 ):
     """{site: (U,)} h_i = E |dF/dgate_i|^2, a mean over latents and `draws` retain pictures.
     differs from paper: preserve_loss has no gradient where all gates are open, so erase_loss alone
-    would choose which close first; sum_i h_i (1 - gate_i) is the diagonal of preserve_loss's second
-    order there. With J = dF/dgates, h = E (J^T v)^2 for v ~ N(0, 1) (Hutchinson's estimate)."""
+    would choose which close first. Near there preserve_loss is, but for products of two gates,
+    sum_i h_i (1 - gate_i)^2; of 0 and 1 the square is the same. With J = dF/dgates,
+    h = E (J^T v)^2 for v ~ N(0, 1) (Hutchinson's estimate)."""
     rank, count = processes()
     rng = random.Random(f"{seed} harm")
     chosen = rng.choices(prompts, k=draws)
@@ -217,10 +220,10 @@ def learner(
     rank, count = processes()
     mine = slice(rank, None, count)  # each process has its share of a step's pictures
 
-    def learn(name: str, leaf, gates, lora=None) -> dict:
-        """`name` decides which prompts from which noise; the gradient comes to `leaf`, of which the
-        gates or the LoRA are made."""
-        rng = random.Random(name)
+    def learn(key: str, leaf, gates, lora=None) -> dict:
+        """`key`, which ends with the step, decides which prompts from which noise; the gradient
+        comes to `leaf`, of which the gates or the LoRA are made."""
+        rng = random.Random(key)
         chosen = choose(rng, range(len(pairs)), batch, hard, latest)
         chosen += choose(rng, range(len(pairs), len(cases)), retain_batch, hard, latest)
         seeds = [TRAIN_NOISE + rng.randrange(2**20) for _ in chosen]
@@ -237,7 +240,7 @@ def learner(
         loss = erase_loss + beta * preserve_loss
         if not (math.isfinite(loss) and leaf.grad.isfinite().all()):
             advice = "or a gradient is not finite; try a smaller learning rate"
-            raise RuntimeError(f"step {name.split()[-1]}: the loss is {loss} {advice}")
+            raise RuntimeError(f"step {key.split()[-1]}: the loss is {loss} {advice}")
         return dict(erase_loss=erase_loss, preserve_loss=preserve_loss, loss=loss)
 
     return learn, latest
@@ -290,7 +293,7 @@ def train(
         # on to the logits; harm, which the logged loss leaves out, fades until 70 % of the steps
         foresight = beta * harm * max(0.0, 1 - step / (0.7 * steps))
         optimizer.zero_grad()
-        relaxed.backward(gates.grad.cpu() - foresight * harms)
+        relaxed.backward(gates.grad.cpu() - foresight * harms)  # d/dgate of h (1 - gate) is -h
         before = logits.detach().clone()
         optimizer.step()  # AdamW's step is linear in its rate: of rate 1, each gate takes its own
         logits.data.copy_(before.lerp(logits.data, rates * (1 - lr_decay * step / steps)))
@@ -378,24 +381,25 @@ def run(args) -> None:
     lowmem.place(pipe, args.device, args.quantize, args.offload, args.compile)
 
     learning = flags((*LEARNING, "micro_batch", "checkpoint")) | dict(call=call)
-    own = flags((*DEFAULTS, "modules", "steps", "seed"))
-    own |= dict(first_step=first_step, state=state, on_step=log)
-    mask = train(pipe, pairs, retain, **own | learning)
+    of_mask = flags((*DEFAULTS, "modules", "steps", "seed"))
+    of_mask |= dict(first_step=first_step, state=state, on_step=log)
+    mask = train(pipe, pairs, retain, **of_mask | learning)
     erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), earlier)
     mask = erasure.mask
 
     # what mends the open weights. differs from paper
     sample = partial(rollout, pipe, **call)
     masked = partial(gated, pipe.transformer, mask)
-    fit = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed, batch=args.micro_batch)
-    fit = partial(refit, pipe.transformer, sample, masked, retain=retain, **fit)
+    of_fit = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed)
+    of_fit |= dict(retain=retain, batch=args.micro_batch)
+    fit = partial(refit, pipe.transformer, sample, masked, **of_fit)
     lora = {}
     if args.heal and args.refit and teachers:
         lora = fit(teachers)
     if args.heal and args.heal_steps:
         learn, latest = learner(pipe, pairs, retain, **learning)
-        own = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
-        lora = heal.tune(pipe, lora, partial(learn, gates=mask), latest, *healed, log, **own)
+        of_lora = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
+        lora = heal.tune(pipe, lora, partial(learn, gates=mask), latest, *healed, log, **of_lora)
     if not is_first:
         return
     if args.heal and args.refit and (args.heal_steps or not teachers):

@@ -135,7 +135,7 @@ def best_ranks(change, rank: int) -> tuple:
 
 
 def tune(pipe, lora, learn, latest, first_step, state, on_step, *, steps, lr, rank, seed=0):
-    """Learns what to add to the LoRA ({}: none yet). Returns the sum. learn(name, leaf, lora=...)
+    """Learns what to add to the LoRA ({}: none yet). Returns the sum. learn(key, leaf, lora=...)
     adds a step's gradient to the leaf's and returns its losses; it keeps each case's error in
     `latest` (erase.learner). After each step on_step(losses, state), if any, is called; first_step
     and state go on from there."""

@@ -169,6 +169,7 @@ def refit(
     first_seed = NOISE + seed * 2**22
     groups = [(states(transformer, sample, retain, first_seed, batch), contextlib.nullcontext, {})]
     for teacher in teachers:
+        # noises of their own; the first are as far from the retain prompts' as those may be many
         first_seed += 2**21 if len(groups) == 1 else PICTURES * 100
         prompts = teacher.prompts * -(-PICTURES // (len(teacher.prompts) * len(teachers)))
         with adapted(transformer, teacher.lora), teacher.masked():
