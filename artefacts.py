@@ -32,10 +32,11 @@ from safely import (
 from sites import MODULES, fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 3"
-# Flags without a place in config.json, and those that a resumed run may change: the result is not.
+# Flags without a place in config.json, and those that a resumed run may change: what is learnt is
+# the same. refit and refit_rank come after all training.
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
 FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile", "refit")
-FREE += ("refit_rank",)  # both of what comes after all training
+FREE += ("refit_rank",)
 
 
 def add_flags(parser) -> None:

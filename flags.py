@@ -28,12 +28,7 @@ DEFAULTS = dict(
     retain_batch=(4, 8, COUNT, "retain prompts a step"),
     hard=(0.0, 0.75, SHARE, "share of a step's prompts drawn by their latest error"),
     max_closed=(1.0, 0.01, SHARE, "share of the gates that may close"),
-    harm=(
-        0.0,
-        1.0,
-        NOT_NEGATIVE,
-        "initial weight, times beta, of what closing each gate alone does",
-    ),
+    harm=(0.0, 1.0, NOT_NEGATIVE, "times beta: initial weight of what closing each gate does"),
 )
 # Where the authors' released code, as it is run, has other values than table 6.
 OFFICIAL = dict(beta=0.1, temperature=0.83, noise=0.5, batch=2, retain_batch=2)

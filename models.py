@@ -485,11 +485,11 @@ def encode_all(pipe, device, prompts, call: dict) -> None:
     with pipe.transformer.register_forward_pre_hook(stop):
         for start in range(0, len(prompts), 16):  # fewer calls of the sampler, not larger batches
             part = prompts[start : start + 16]
-            negative = {
-                name: [call[name]] * len(part) for name in call if name == "negative_prompt"
-            }
+            arguments = dict(call, prompt=part, output_type="latent")
+            if "negative_prompt" in call:
+                arguments["negative_prompt"] = [call["negative_prompt"]] * len(part)
             with contextlib.suppress(Encoded):
-                pipe(prompt=part, output_type="latent", **call | negative)
+                pipe(**arguments)
     for name in encoders:
         setattr(pipe, name, None)
     torch.cuda.empty_cache()
