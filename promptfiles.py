@@ -12,7 +12,8 @@ from safely import UserError, check_regular, first_line, number
 PAIRS, STYLE_PAIRS = 20, 200  # of a style 20 are learned by heart
 FLAGS = ("concept", "kind", "neutral", "prompts", "retain", "num_prompts")
 KINDS = ("object", "style", "person")
-COLUMNS = ("prompt", "neutral_prompt", "split")
+COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
+NEEDED = ("prompt", "neutral_prompt", "split")
 
 
 # Objects without an article: what is not counted, and plurals that do not end in s.
@@ -64,7 +65,7 @@ def check_row(row: dict, columns) -> None:
         raise ValueError(f"evaluation_seed is {row['evaluation_seed']!r}, not a whole number")
 
 
-def read_rows(path: Path, flag: str, columns=COLUMNS) -> list[dict]:
+def read_rows(path: Path, flag: str, columns=NEEDED) -> list[dict]:
     """Rows of a prompt CSV; evaluation_seed as a number, without that column from 1000 on. Raises
     UserError with column or line."""
     rows = []
