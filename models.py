@@ -464,6 +464,14 @@ def remember_prompts(pipe) -> None:
     pipe.encode_prompt = encode_prompt
 
 
+def for_prompts(call: dict, prompts) -> dict:
+    """What pipe(...) takes for these prompts: a negative prompt, if any, once for each."""
+    arguments = call | dict(prompt=list(prompts))
+    if "negative_prompt" in call:
+        arguments["negative_prompt"] = [call["negative_prompt"]] * len(arguments["prompt"])
+    return arguments
+
+
 class Encoded(Exception):
     """Raised where the sampler first calls its transformer: by then its prompts are encoded."""
 
@@ -485,11 +493,8 @@ def encode_all(pipe, device, prompts, call: dict) -> None:
     with pipe.transformer.register_forward_pre_hook(stop):
         for start in range(0, len(prompts), 16):  # fewer calls of the sampler, not larger batches
             part = prompts[start : start + 16]
-            arguments = dict(call, prompt=part, output_type="latent")
-            if "negative_prompt" in call:
-                arguments["negative_prompt"] = [call["negative_prompt"]] * len(part)
             with contextlib.suppress(Encoded):
-                pipe(**arguments)
+                pipe(output_type="latent", **for_prompts(call, part))
     for name in encoders:
         setattr(pipe, name, None)
     torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from models import for_prompts
 from promptfiles import mentions
 from safely import UserError, first_line, write_atomically, write_text
 
@@ -32,11 +33,8 @@ def draw(pipe, prompts, seeds, batch: int = 16, **call) -> list:
     drawn = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
-        arguments = call | dict(prompt=list(prompts[part]))
-        if "negative_prompt" in call:
-            arguments["negative_prompt"] = [call["negative_prompt"]] * len(arguments["prompt"])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        drawn += sample(pipe, generator=generators, **arguments)
+        drawn += sample(pipe, generator=generators, **for_prompts(call, prompts[part]))
     return drawn
 
 

@@ -148,9 +148,9 @@ def names_any(concepts: list[str], text: str) -> bool:
     return any(mentions(concept, text) for concept in concepts)
 
 
-def without(concepts: list[str], rows: list[dict]) -> list[dict]:
-    """The rows whose prompt names none of the concepts."""
-    return [row for row in rows if not any(mentions(c, row["prompt"]) for c in concepts)]
+def without(concepts: list[str], rows: list[dict], column: str = "prompt") -> list[dict]:
+    """The rows whose prompt, or other column, names none of the concepts."""
+    return [row for row in rows if not names_any(concepts, row[column])]
 
 
 def phrase(words: str, kind: str, vocabulary: dict) -> str:
@@ -288,8 +288,8 @@ def training_rows(
         pairs += train[: num_prompts or most]
         tests += of_split(rows, "test")
     if len(concept) > 1:  # no picture of one is the target for another
-        pairs = [row for row in pairs if not names_any(concept, row["neutral_prompt"])]
-        tests = [row for row in tests if not names_any(concept, row["neutral_prompt"])]
+        pairs = without(concept, pairs, "neutral_prompt")
+        tests = without(concept, tests, "neutral_prompt")
         if not pairs:
             raise UserError(f"--concept: no prompts are left of {', '.join(concept)} together")
     rows = without(concept, retain_rows(str(retain or folder / "retain.csv")))
@@ -304,8 +304,8 @@ def together(found: list[Rows], concepts: list[str]) -> Rows:
     Raises UserError if none is left."""
     pairs, retain, tests, retain_tests = [], [], [], []
     for rows in found:
-        pairs += [row for row in rows.pairs if not names_any(concepts, row["neutral_prompt"])]
-        tests += [row for row in rows.tests if not names_any(concepts, row["neutral_prompt"])]
+        pairs += without(concepts, rows.pairs, "neutral_prompt")
+        tests += without(concepts, rows.tests, "neutral_prompt")
     for rows in found[:1]:
         retain, retain_tests = without(concepts, rows.retain), without(concepts, rows.retain_tests)
     if not (pairs and tests and retain and retain_tests):

@@ -169,7 +169,7 @@ def refit(
     first_seed = NOISE + seed * 2**22
     groups = [(states(transformer, sample, retain, first_seed, batch), contextlib.nullcontext, {})]
     for teacher in teachers:
-        # noises of their own; the first are as far from the retain prompts' as those may be many
+        # noises of their own, after all those that the retain prompts may take
         first_seed += 2**21 if len(groups) == 1 else PICTURES * 100
         prompts = teacher.prompts * -(-PICTURES // (len(teacher.prompts) * len(teachers)))
         with adapted(transformer, teacher.lora), teacher.masked():

@@ -47,7 +47,7 @@ def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
     words = flags.partition("{home}")[0].replace("--", "").split()
     name = "_".join(words).removeprefix("method_") or "ours"
     script = "baselines.py" if flags.startswith("--method") else "erase.py"
-    line = [script, "--concept", *concepts, *flags.format(home=home).split()]
+    line = [script, "--concept", *concepts, *[word.format(home=home) for word in flags.split()]]
     line += ["--seed", str(seed), "--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]
     return Run(home, home / f"{name}_{seed}", line, concepts)
 

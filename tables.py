@@ -22,9 +22,11 @@ BEST = {
 }
 # Files that a run takes, and evaluate.py's flag that makes them.
 MADE_BY = {"--cases": "--export_cases", "--prompts": "--filter"}
-PICTURES = {"sld": "--method sld", "negative": "--method negative"}
-PICTURES["flowedit"] = "--method flowedit --steps 8"
-PICTURES = {name: flags + " --cases {home}/cases.json" for name, flags in PICTURES.items()}
+PICTURES = {
+    "sld": "--method sld --cases {home}/cases.json",
+    "negative": "--method negative --cases {home}/cases.json",
+    "flowedit": "--method flowedit --steps 8 --cases {home}/cases.json",
+}
 TABLES = dict(
     topics=OURS | PAPER | BEST | BASELINES | PICTURES | {"oracle": ORACLE},
     attacks=OURS | {"uce_context": BASELINES["uce_context"]} | BEST | {"oracle": ORACLE},
