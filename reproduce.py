@@ -11,20 +11,21 @@ baselines.py, scored by evaluate.py in one folder a concept, and for `attacks` a
 
 import os
 import shlex
-import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import artefacts
 import models
-from costs import markdown
 from safely import Parser, UserError, exit_code, number, write_text
-from tables import ATTACKS, COLUMNS, MADE_BY, MANY, ORACLE, TABLES, TOPICS
+from tables import MADE_BY, MANY, MINUTES, ORACLE, TABLES, concepts_of, table_of
 
-MINUTES = {"erase.py": 5, "baselines.py": 3, "evaluate.py": 1, "attacks.py": 10}  # on two cores
+SCORING = defaultdict(threading.Lock)  # by home: its runs are scored one after the other
 
 
 class Run(NamedTuple):
@@ -64,8 +65,8 @@ def many(seed: int, args) -> list[tuple]:
             found += [(None, MANY[0], part) for part in parts]
             folder = one.home / f"composed_{seed}"
             line = ["erase.py", "--compose", *[str(part.folder) for part in parts]]
-            run = Run(one.home, folder, [*line, "--out_dir", str(folder)], concepts)
-            found.append((f"{count}, composed", MANY[0], run))
+            line += ["--out_dir", str(folder)]
+            found.append((f"{count}, composed", MANY[0], Run(one.home, folder, line, concepts)))
     return found
 
 
@@ -74,7 +75,7 @@ def planned(table: str, args) -> list[tuple]:
     found = []
     for seed in args.seeds:
         found += many(seed, args) if table == "many" else []
-        for concept in args.concepts:
+        for concept in args.concepts or concepts_of(table, models.is_embedded(args.model)):
             for variant, flags in TABLES[table].items():
                 found.append((variant, concept, make_run(flags, (concept,), seed, args)))
     return [row for row in found if row[-1].make or row[-1].folder.is_dir()]
@@ -84,21 +85,19 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
     """What it takes, in order, without what is done."""
     about = ["--model", args.model, "--concept", *run.concepts]
     lines = []
-    is_made = (run.folder / "mask.safetensors").is_file()  # by erase.py
-    is_made |= "seconds" in artefacts.read_config(run.folder)  # by baselines.py
-    if run.make and not is_made:
+    by_erase = (run.folder / "mask.safetensors").is_file()
+    if run.make and not by_erase and "seconds" not in artefacts.read_config(run.folder):
         is_begun = run.folder.is_dir() and any(run.folder.iterdir())
         for flag, maker in MADE_BY.items():
             if flag in run.make:
                 file = run.make[run.make.index(flag) + 1]
                 lines += [] if Path(file).is_file() else [["evaluate.py", maker, file, *about]]
         lines.append(run.make + ["--resume"] * is_begun)
-    place = ["--compare", str(run.folder), "--out_dir", str(run.home / "eval")]
-    lines.append(["evaluate.py", *place, *about])
+    place = ["--out_dir", str(run.home / "eval")]
+    lines.append(["evaluate.py", "--compare", str(run.folder), *place, *about])
     if table == "attacks" and not (run.folder / "cases.json").is_file():  # weights
         place = [str(run.folder), "--out_dir", str(run.beside(".attacks"))]
-        prompts = ["--num_prompts", str(args.num_prompts)]
-        lines.append(["attacks.py", *place, *about, *prompts])
+        lines.append(["attacks.py", *place, *about, "--num_prompts", str(args.num_prompts)])
     done = artefacts.read_json(run.beside(".json"))
     return [line for line in lines if line[0] not in done or line[1] in MADE_BY.values()]
 
@@ -121,6 +120,25 @@ def start(run: Run, line: list[str]) -> bool:
     return True
 
 
+def finish(run: Run, table: str, args) -> bool:
+    """All that is missing of a run. False where a command fails."""
+    for line in commands(table, run, args):
+        with SCORING[run.home] if line[0] == "evaluate.py" else threading.Lock():
+            is_there = line[1] in MADE_BY.values() and Path(line[2]).is_file()
+            if not (is_there or start(run, line)):
+                return False
+    return True
+
+
+def failures(runs: list[Run], table: str, args) -> int:
+    """Finishes the runs, --jobs at once; how many could not be."""
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        return list(pool.map(lambda run: finish(run, table, args), runs)).count(False)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C starts no more
+
+
 def figures(run: Run) -> dict:
     """{column: number} of a run; {} until it is scored."""
     results = artefacts.read_json(run.home / "eval/results.json").get("results", {})
@@ -135,61 +153,43 @@ def figures(run: Run) -> dict:
     return found | took.get(run.make[0], {}) if found and run.make else found
 
 
-def spread(values: list) -> str:
-    """Mean and, of several, range."""
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return f"{values[0]:.3g}" if values else "-"
-    return f"{statistics.mean(values):.3g} ({min(values):.3g}-{max(values):.3g})"
-
-
-def table_of(rows: list[tuple], columns) -> str:
-    """Markdown; a row a concept and variant, over its runs."""
-    groups = {}
-    for variant, concept, run in rows:
-        if variant and figures(run):
-            groups.setdefault((concept, variant), []).append(figures(run))
-    found = []
-    for (concept, variant), runs in groups.items():
-        cells = {column: spread([run.get(column) for run in runs]) for column in columns}
-        found.append(dict(concept=concept, variant=variant, runs=len(runs)) | cells)
-    return markdown(found) if found else "no run is scored"
-
-
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("tables", nargs="*", metavar="TABLE", help=" ".join(TABLES))
     add("--list", action="store_true", help="what is there and what is missing; starts nothing")
     add("--model", default="tiny/flux", help="as in erase.py (%(default)s)")
-    topics = "; ".join(", ".join(names) for names in TOPICS.values())
-    add("--concepts", nargs="+", help=f"(small models, real ones: {topics})")
+    add("--concepts", nargs="+", help="(those of the table, see tables.py)")
     add("--seeds", nargs="+", type=number(int, 0), default=[0, 1, 2], help="(0 1 2)")
     add("--num_prompts", type=number(int, 1), default=20, help="that are attacked (%(default)s)")
+    cores = os.cpu_count() if models.default_device() == "cpu" else 1
+    add("--jobs", type=number(int, 1), default=cores, help="runs at once (%(default)s)")
     add("--out", type=Path, default=Path("results"), help="(results/<model>)")
     args = parser.parse_args(argv)
     wrong = [table for table in args.tables if table not in TABLES]
     if wrong or not (args.tables or args.list):
         what = f"no table {wrong[0]!r}" if wrong else "which?"
         raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
-    args.concepts = args.concepts or TOPICS["tiny" if models.is_embedded(args.model) else "real"]
     args.out = args.out / Path(args.model).name
     return args
 
 
 def run(args) -> None:
     failed = 0
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # a second thread gains less than a second run
     for table in args.tables or TABLES:
         rows = planned(table, args)
         runs = {run.folder: run for _, _, run in rows}.values()
         if args.list:
             missing = [line[0] for run in runs for line in commands(table, run, args)]
-            hours = sum(MINUTES[script] for script in missing) / 60
+            hours = sum(MINUTES[script] for script in missing) / 60 / args.jobs
             print(f"{table:8} {len(runs)} runs; {len(missing)} commands missing, {hours:.1f} hours")
             continue
-        for run in runs:
-            failed += not all(start(run, line) for line in commands(table, run, args))
-        text = table_of(rows, ATTACKS if table == "attacks" else COLUMNS)
+        is_composed = [run for run in runs if "--compose" in run.make]  # of other runs
+        failed += failures([run for run in runs if run not in is_composed], table, args)
+        failed += failures(is_composed, table, args)
+        text = table_of([(*row, figures(run)) for *row, run in rows], table)
         write_text(args.out / f"{table}.md", text + "\n")
         print(f"\n{text}\n\nwrote {args.out / table}.md", flush=True)
     if failed:

@@ -1,8 +1,13 @@
-"""What the tables of RESULTS.md are made of: reproduce.py carries them out."""
+"""What the tables of RESULTS.md are made of, and their form: reproduce.py carries them out."""
+
+import statistics
+
+from costs import markdown
 
 TOPICS = dict(tiny=("gun", "vampire", "sketch"), real=("gun", "Superman", "Van Gogh"))
 MANY = ("gun", "vampire", "sketch", "knife", "bomb", "zombie", "pill", "cigarette", "superhero")
 MANY += ("mermaid", "mosaic", "neon")
+EVERY = (*MANY, "sepia")
 ORACLE = "oracle"  # a model that never saw the concept, where tiny/train.py --without made one
 # {variant: flags of erase.py, of baselines.py, or ORACLE}; the same flags are the same run.
 OURS = {"ours": "", "ours, no mask": "--max_closed 0 --steps 1"}
@@ -28,6 +33,7 @@ PICTURES = {
     "flowedit": "--method flowedit --steps 8 --cases {home}/cases.json",
 }
 TABLES = dict(
+    concepts={"ours": ""},
     topics=OURS | PAPER | BEST | BASELINES | PICTURES | {"oracle": ORACLE},
     attacks=OURS | {"uce_context": BASELINES["uce_context"]} | BEST | {"oracle": ORACLE},
     beta={"beta 3": ""} | {f"beta {b}": f"--beta {b}" for b in (0.3, 1, 10)},
@@ -50,3 +56,33 @@ COLUMNS += (
 )
 ATTACKS = ("union", "plain", "seeds", "synonyms", "split", "knobs", "ring_a_bell", "mma", "p4d")
 ATTACKS += ("unlearn_diff",)
+MINUTES = {"erase.py": 5, "baselines.py": 3, "evaluate.py": 2, "attacks.py": 10}  # of one core
+
+
+def spread(values: list) -> str:
+    """Mean and, of several, range."""
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return f"{values[0]:.3g}" if values else "-"
+    return f"{statistics.mean(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+
+
+def concepts_of(table: str, is_small: bool) -> tuple:
+    """Those that a table is of unless --concepts says."""
+    if table == "concepts" and is_small:
+        return EVERY
+    return TOPICS["tiny" if is_small else "real"]
+
+
+def table_of(found: list[tuple], table: str) -> str:
+    """Markdown of [(variant, concept, figures)]: a row a concept and variant, over its runs."""
+    columns = ATTACKS if table == "attacks" else COLUMNS
+    groups = {}
+    for variant, concept, figures in found:
+        if variant and figures:
+            groups.setdefault((concept, variant), []).append(figures)
+    rows = []
+    for (concept, variant), runs in groups.items():
+        cells = {column: spread([run.get(column) for run in runs]) for column in columns}
+        rows.append(dict(concept=concept, variant=variant, runs=len(runs)) | cells)
+    return markdown(rows) if rows else "no run is scored"

@@ -18,7 +18,7 @@ import families
 import heal
 import models
 import refit
-from conftest import QUICK, run
+from conftest import FEW, QUICK, run
 from safely import UserError
 from sites import closed_slices, gate_sites
 
@@ -349,22 +349,11 @@ def test_damaged(pipe, healed, tmp_path, damage, message):
         heal.load(file, pipe.transformer, BASE, healed[0])
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """A short file of retain prompts."""
-    file = tmp_path_factory.mktemp("few") / "retain.csv"
-    with open(models.HERE / "prompts/tiny/retain.csv") as f:
-        header, *rows = f.readlines()
-    tests = [row for row in rows if row.rstrip().endswith("test")]
-    file.write_text("".join([header, *rows[:11], *tests[:8]]))
-    return file
-
-
-def test_command_line(pipe, few, tmp_path):
+def test_command_line(pipe, tmp_path):
     """A run that heals: resumed in the middle of it the same files; what load_erased gives is what
     transformer/ holds; without the LoRA's file, or with one that is not of the run, refused; a
     stock pipeline loads the LoRA where PEFT is installed."""
-    line = [*QUICK, "--heal", "1", "--heal_steps", "3", "--retain", few]
+    line = [*QUICK, "--heal", "1", "--heal_steps", "3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run("erase.py", *line, "--out_dir", whole)
     assert done.returncode == 0, done.stderr
@@ -423,7 +412,7 @@ def refused(capsys, *line) -> str:
     return error[0]
 
 
-def test_compose(pipe, request, few, tmp_path, capsys):
+def test_compose(pipe, request, tmp_path, capsys):
     """The composed mask closes what any part closes; nothing is trained but what mends; the folder
     is an erased folder like any; one part can be taken out again; what does not fit is refused."""
     parts = [request.getfixturevalue("erased"), tmp_path / "knife"]
@@ -433,7 +422,7 @@ def test_compose(pipe, request, few, tmp_path, capsys):
     masks = [artefacts.load_mask(part / "mask.safetensors", pipe) for part in parts]
 
     both = tmp_path / "both"
-    short = ["--heal_steps", "2", "--retain", few, "--batch", "2", "--retain_batch", "2"]
+    short = ["--heal_steps", "2", "--retain", FEW, "--batch", "2", "--retain_batch", "2"]
     done = run("erase.py", "--compose", *parts, *short, "--out_dir", both)
     assert done.returncode == 0, done.stderr
     mask = artefacts.load_mask(both / "mask.safetensors", pipe)
@@ -448,7 +437,7 @@ def test_compose(pipe, request, few, tmp_path, capsys):
     assert any(not torch.equal(tensor, wanted[n]) for n, tensor in loaded.state_dict().items())
 
     alone = tmp_path / "alone"
-    line = ["--compose", both, "--restore", "gun", "--heal", "0", "--retain", few]
+    line = ["--compose", both, "--restore", "gun", "--heal", "0", "--retain", FEW]
     assert run("erase.py", *line, "--out_dir", alone).returncode == 0
     found = artefacts.load_mask(alone / "mask.safetensors", pipe)
     assert all(torch.equal(gates, masks[1][site]) for site, gates in found.items())

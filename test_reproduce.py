@@ -10,7 +10,7 @@ import reproduce
 import tables
 
 FAKE = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 line = sys.argv[1:]
 place = pathlib.Path(line[line.index("--out_dir") + 1] if "--out_dir" in line else line[-1])
 place.mkdir(parents=True, exist_ok=True)
@@ -24,6 +24,7 @@ if line[0] == "erase.py":
 else:
     file = place / "results.json"
     results = json.loads(file.read_text())["results"] if file.exists() else {}
+    time.sleep(0.3)
     name = line[line.index("--compare") + 1]
     results[name] = dict(acc=dict(rate=0.25 if name.endswith("0") else 0.75), ssim=0.5)
     file.write_text(json.dumps(dict(results=results)))
@@ -32,7 +33,8 @@ else:
 
 def test_a_table(tmp_path, monkeypatch, capsys):
     """A killed run is named and the others go on; the same command resumes it and starts nothing
-    that is done; --list says what is missing."""
+    that is done; --list says what is missing. Runs train at once, but are scored in turn: the fake
+    evaluate.py would lose rows."""
     (tmp_path / "fake.py").write_text(FAKE)
     popen = reproduce.subprocess.Popen
 
