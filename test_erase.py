@@ -193,12 +193,12 @@ def test_where_a_style_enters(pipe):
     layers = [(attn.add_k_proj, attn.add_v_proj) for attn in attention]
 
     def swap(layer, inputs, output):
-        return output[:16].repeat(2, 1, 1)
+        return output[:8].repeat(2, 1, 1)
 
     stays = {}  # the share of the error to the neutral picture that stays, for each block
     for concept in ("sepia", "sketch", "neon", "mosaic", "gun"):
         rows = promptfiles.read_rows(TINY_PROMPTS / f"{concept}.csv", "")
-        rows = promptfiles.of_split(rows, "test")[:16]
+        rows = promptfiles.of_split(rows, "test")[:8]
         prompts = [row[column] for column in ("neutral_prompt", "prompt") for row in rows]
         seeds = [row["evaluation_seed"] for row in rows] * 2
         errors = []
@@ -207,10 +207,10 @@ def test_where_a_style_enters(pipe):
                 for layer in swapped:
                     hooks.enter_context(layer.register_forward_hook(swap))
                 latents = erase.rollout(pipe, prompts, seeds, **CALL)
-            errors.append(erase.squared_error(latents[16:], latents[:16]).sum().item())
+            errors.append(erase.squared_error(latents[8:], latents[:8]).sum().item())
         stays[concept] = [round(error / errors[0], 2) for error in errors[1:]]
     assert stays.pop("gun")[0] > 0.9
-    assert all(first < 0.65 and min(others) > 0.85 for first, *others in stays.values()), stays
+    assert all(first < 0.7 and min(others) > 0.85 for first, *others in stays.values()), stays
 
 
 def test_sampler_arguments_and_prompts():
@@ -616,8 +616,9 @@ def test_train_can_be_copied(pipe):
     exec(text, copied)
     rows = promptfiles.training_rows(TINY_PROMPTS, concept=["apple"], num_prompts=20)
     pairs = promptfiles.as_pairs(rows.pairs)
-    retain = [row["prompt"] for row in rows.retain]
-    mask = copied["train"](pipe, pairs, retain, call=CALL, **SETTINGS, steps=40, harm_draws=160)
+    retain = [row["prompt"] for row in rows.retain[:60]]
+    how = SETTINGS | dict(call=CALL, steps=40, harm=0.1, harm_draws=16, retain_batch=4)
+    mask = copied["train"](pipe, pairs, retain, **how)
     with torch.no_grad():
         how = dict(weights=None, call=CALL)
         before = copied["case_errors"](pipe, pairs, range(20), {}, **how).mean()
