@@ -105,7 +105,7 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
 def start(run: Run, line: list[str]) -> bool:
     """Runs a command to its end and notes what it took. False where it fails."""
     run.home.mkdir(parents=True, exist_ok=True)
-    print(f"{time.strftime('%H:%M')} python {shlex.join(line)}", flush=True)
+    print(f"{time.strftime('%H:%M')} python {shlex.join(line)}\n", end="", flush=True)  # at once
     began = time.time()
     with open(run.beside(".log"), "a") as log:
         process = subprocess.Popen([sys.executable, *line], stdout=log, stderr=log)
