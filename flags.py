@@ -46,7 +46,7 @@ STEPS = dict(paper=400, official=400, tiny=200)  # of the mask
 GROWING = dict(
     steps=lambda steps, concepts, styles: min(400, steps * concepts),
     max_closed=lambda share, concepts, styles: min(0.05, share * concepts),
-    heal_steps=lambda steps, concepts, styles: round(steps * (concepts + 3 * styles) ** 0.5),
+    heal_steps=lambda steps, concepts, styles: round(steps * (2 if styles else 1) * concepts**0.5),
     refit_rank=lambda rank, concepts, styles: rank * concepts,
 )
 LEARNING = ("beta", "batch", "retain_batch", "hard")  # of the mask and of the LoRA

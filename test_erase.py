@@ -40,6 +40,7 @@ from conftest import FEW, PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
 from safely import UserError, write_text
 from sites import MODULES, gate_sites
+from tables import MANY
 
 CALL = models.CALLS["tiny/flux"]
 SETTINGS = {flag: columns[1] for flag, columns in erase.DEFAULTS.items()}  # the preset "tiny"
@@ -624,6 +625,21 @@ def test_train_can_be_copied(pipe):
         before = copied["case_errors"](pipe, pairs, range(20), {}, **how).mean()
         after = copied["case_errors"](pipe, pairs, range(20), mask, **how).mean()
     assert after < 0.6 * before and any((gates == 0).any() for gates in mask.values())
+
+
+def test_several_concepts_get_more():
+    """Of steps, of gates that may close; a style takes twice the steps of the LoRA."""
+
+    def found(*concepts):
+        args = erase.parse_args(["--model", "tiny/flux", "--concept", *concepts])
+        return args.steps, args.heal_steps, args.max_closed
+
+    assert found("gun") == (200, 200, 0.01)
+    assert found("sketch") == (200, 400, 0.01)
+    assert found("gun", "knife") == (400, 283, 0.02)
+    assert found(*MANY) == (400, 1386, 0.05)
+    args = erase.parse_args(["--concept", *MANY, "--model", "tiny/flux", "--heal_steps", "9"])
+    assert args.heal_steps == 9
 
 
 def test_erased_folder(erased, tmp_path, pipe):
