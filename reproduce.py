@@ -186,9 +186,9 @@ def run(args) -> None:
             hours = sum(MINUTES[script] for script in missing) / 60 / args.jobs
             print(f"{table:8} {len(runs)} runs; {len(missing)} commands missing, {hours:.1f} hours")
             continue
-        is_composed = [run for run in runs if "--compose" in run.make]  # of other runs
-        failed += failures([run for run in runs if run not in is_composed], table, args)
-        failed += failures(is_composed, table, args)
+        composed = [run for run in runs if "--compose" in run.make]  # of other runs
+        failed += failures([run for run in runs if run not in composed], table, args)
+        failed += failures(composed, table, args)
         text = table_of([(*row, figures(run)) for *row, run in rows], table)
         write_text(args.out / f"{table}.md", text + "\n")
         print(f"\n{text}\n\nwrote {args.out / table}.md", flush=True)
