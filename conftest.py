@@ -22,16 +22,16 @@ os.chdir(models.HERE)  # as its commands are run
 torch.set_num_threads(1)  # the models are small: a second thread costs more than it does
 
 # A few of the retain prompts, 11 to train on and 8 to test: all of them take seconds to encode.
-folder = tempfile.TemporaryDirectory()
-FEW = Path(folder.name, "retain.csv")
+temporary = tempfile.TemporaryDirectory()
+FEW_RETAIN = Path(temporary.name, "retain.csv")
 header, *rows = (models.HERE / "prompts/tiny/retain.csv").read_text().splitlines()
 tests = [row for row in rows if row.endswith("test")]
-FEW.write_text("\n".join([header, *rows[:11], *tests[:8]]))
+FEW_RETAIN.write_text("\n".join([header, *rows[:11], *tests[:8]]))
 
 # Four steps, at rates that close some gates by then.
 QUICK = ["--model", "tiny/flux", "--concept", "gun", "--steps", "4", "--batch", "2"]
 QUICK += ["--retain_batch", "2", "--save_every", "1", "--lr_ffn", "3", "--lr_norm", "3"]
-QUICK += ["--harm", "0.001", "--heal", "0", "--retain", str(FEW)]
+QUICK += ["--harm", "0.001", "--heal", "0", "--retain", str(FEW_RETAIN)]
 # On CPUs `accelerate launch` starts one process only.
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # In the kit's folder, on one thread a process: the same bits each time.

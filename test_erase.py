@@ -36,7 +36,7 @@ import report
 from artefacts import listing, load_mask, read_metrics
 from cases import read_subject
 from columns import soft_gates
-from conftest import FEW, PLACE, QUICK, TWO_PROCESSES, command, run
+from conftest import FEW_RETAIN, PLACE, QUICK, TWO_PROCESSES, command, run
 from costs import anonymous_peak
 from safely import UserError, write_text
 from sites import MODULES, gate_sites
@@ -194,12 +194,12 @@ def test_where_a_style_enters(pipe):
     layers = [(attn.add_k_proj, attn.add_v_proj) for attn in attention]
 
     def swap(layer, inputs, output):
-        return output[:8].repeat(2, 1, 1)
+        return output[:16].repeat(2, 1, 1)
 
     stays = {}  # the share of the error to the neutral picture that stays, for each block
     for concept in ("sepia", "sketch", "neon", "mosaic", "gun"):
         rows = promptfiles.read_rows(TINY_PROMPTS / f"{concept}.csv", "")
-        rows = promptfiles.of_split(rows, "test")[:8]
+        rows = promptfiles.of_split(rows, "test")[:16]
         prompts = [row[column] for column in ("neutral_prompt", "prompt") for row in rows]
         seeds = [row["evaluation_seed"] for row in rows] * 2
         errors = []
@@ -208,11 +208,11 @@ def test_where_a_style_enters(pipe):
                 for layer in swapped:
                     hooks.enter_context(layer.register_forward_hook(swap))
                 latents = erase.rollout(pipe, prompts, seeds, **CALL)
-            errors.append(erase.squared_error(latents[8:], latents[:8]).sum().item())
+            errors.append(erase.squared_error(latents[16:], latents[:16]).sum().item())
         stays[concept] = [round(error / errors[0], 2) for error in errors[1:]]
     print(stays)
     assert stays.pop("gun")[0] > 0.9
-    assert all(first < 0.7 and min(others) > 0.85 for first, *others in stays.values()), stays
+    assert all(first < 0.65 and min(others) > 0.85 for first, *others in stays.values()), stays
 
 
 def test_sampler_arguments_and_prompts():
@@ -618,9 +618,8 @@ def test_train_can_be_copied(pipe):
     exec(text, copied)
     rows = promptfiles.training_rows(TINY_PROMPTS, concept=["apple"], num_prompts=20)
     pairs = promptfiles.as_pairs(rows.pairs)
-    retain = [row["prompt"] for row in rows.retain[:60]]
-    how = SETTINGS | dict(call=CALL, steps=40, harm=0.1, harm_draws=16, retain_batch=4)
-    mask = copied["train"](pipe, pairs, retain, **how)
+    retain = [row["prompt"] for row in rows.retain]
+    mask = copied["train"](pipe, pairs, retain, call=CALL, **SETTINGS, steps=40, harm_draws=160)
     with torch.no_grad():
         how = dict(weights=None, call=CALL)
         before = copied["case_errors"](pipe, pairs, range(20), {}, **how).mean()
@@ -652,8 +651,10 @@ def test_erased_folder(erased, tmp_path, pipe):
     assert [row["step"] for row in read_metrics(erased)] == [0, 1, 2, 3]
     assert all(0 < loss < 10 for loss in losses_in(erased))
 
-    what = dict(concept=["gun"], num_prompts=20, retain=str(FEW))
-    rows = promptfiles.training_rows(TINY_PROMPTS, **what)
+    what = dict(concept=["gun"], num_prompts=20)
+    held_out = sum(promptfiles.training_rows(TINY_PROMPTS, **what).held_out().values(), [])
+    assert [row["split"] for row in held_out] == ["test"] * 64
+    rows = promptfiles.training_rows(TINY_PROMPTS, **what, retain=str(FEW_RETAIN))
     held_out = sum(rows.held_out().values(), [])
     assert [row["split"] for row in held_out] == ["test"] * 40
     trained = {row["prompt"] for row in rows.pairs + rows.retain}

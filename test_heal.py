@@ -18,7 +18,7 @@ import families
 import heal
 import models
 import refit
-from conftest import FEW, QUICK, run
+from conftest import FEW_RETAIN, QUICK, run
 from safely import UserError
 from sites import closed_slices, gate_sites
 
@@ -422,7 +422,7 @@ def test_compose(pipe, request, tmp_path, capsys):
     masks = [artefacts.load_mask(part / "mask.safetensors", pipe) for part in parts]
 
     both = tmp_path / "both"
-    short = ["--heal_steps", "2", "--retain", FEW, "--batch", "2", "--retain_batch", "2"]
+    short = ["--heal_steps", "2", "--retain", FEW_RETAIN, "--batch", "2", "--retain_batch", "2"]
     done = run("erase.py", "--compose", *parts, *short, "--out_dir", both)
     assert done.returncode == 0, done.stderr
     mask = artefacts.load_mask(both / "mask.safetensors", pipe)
@@ -437,7 +437,7 @@ def test_compose(pipe, request, tmp_path, capsys):
     assert any(not torch.equal(tensor, wanted[n]) for n, tensor in loaded.state_dict().items())
 
     alone = tmp_path / "alone"
-    line = ["--compose", both, "--restore", "gun", "--heal", "0", "--retain", FEW]
+    line = ["--compose", both, "--restore", "gun", "--heal", "0", "--retain", FEW_RETAIN]
     assert run("erase.py", *line, "--out_dir", alone).returncode == 0
     found = artefacts.load_mask(alone / "mask.safetensors", pipe)
     assert all(torch.equal(gates, masks[1][site]) for site, gates in found.items())
