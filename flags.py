@@ -42,7 +42,7 @@ HEALING = dict(
     refit_rank=(64, 64, COUNT, "the LoRA's rank after that"),
 )
 STEPS = dict(paper=400, official=400, tiny=200)  # of the mask
-# What several concepts in one run get more of, of the preset tiny. A style takes twice the steps.
+# What several concepts in one run get more of, of the preset tiny; a style, of heal_steps.
 GROWING = dict(
     steps=lambda steps, concepts, styles: min(400, steps * concepts),
     max_closed=lambda share, concepts, styles: min(0.05, share * concepts),

@@ -25,7 +25,7 @@ import models
 from safely import Parser, UserError, exit_code, number, write_text
 from tables import MADE_BY, MANY, MINUTES, ORACLE, TABLES, concepts_of, table_of
 
-SCORING = defaultdict(threading.Lock)  # by home: its runs are scored one after the other
+TURNS = defaultdict(threading.Lock)  # by folder: commands write to it one after the other
 
 
 class Run(NamedTuple):
@@ -123,7 +123,7 @@ def start(run: Run, line: list[str]) -> bool:
 def finish(run: Run, table: str, args) -> bool:
     """All that is missing of a run. False where a command fails."""
     for line in commands(table, run, args):
-        with SCORING[run.home] if line[0] == "evaluate.py" else threading.Lock():
+        with TURNS[run.home if line[0] == "evaluate.py" else run.folder]:
             is_there = line[1] in MADE_BY.values() and Path(line[2]).is_file()
             if not (is_there or start(run, line)):
                 return False
