@@ -2,7 +2,6 @@
 goes on with after a kill.
 
     python reproduce.py topics --concepts gun        # ours, its presets, other methods, the oracle
-    python reproduce.py --list                       # what is there, what is missing, hours
     python reproduce.py topics --model black-forest-labs/FLUX.1-schnell --concepts gun
 
 A row is a variant of one concept over its seeds, mean (least-most). A run is made by erase.py or
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import artefacts
 import models
 from safely import Parser, UserError, exit_code, number, write_text
-from tables import MADE_BY, MANY, MINUTES, ORACLE, TABLES, concepts_of, table_of
+from tables import AT_ONCE, MADE_BY, MANY, MINUTES, ORACLE, TABLES, concepts_of, table_of
 
 TURNS = defaultdict(threading.Lock)  # by folder: commands write to it one after the other
 
@@ -54,18 +53,19 @@ def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
 
 
 def many(seed: int, args) -> list[tuple]:
-    """1, 3, 6 and 12 concepts: in one run, and composed of folders of one each."""
+    """1, 3, 6 and 12 concepts: in one run of each method, and composed of folders of one each."""
     found = []
     for count in (1, 3, 6, 12):
         concepts = MANY[:count]
-        one = make_run("", concepts, seed, args)
-        found.append((f"{count}, one run", MANY[0], one))
+        for variant, flags in AT_ONCE.items():
+            one = make_run(flags, concepts, seed, args)
+            found.append((f"{count}, {variant}", MANY[0], one))
         if count > 1:
             parts = [make_run("", (name,), seed, args) for name in concepts]
             found += [(None, MANY[0], part) for part in parts]
             folder = one.home / f"composed_{seed}"
-            line = ["erase.py", "--compose", *[str(part.folder) for part in parts]]
-            line += ["--out_dir", str(folder)]
+            line = ["erase.py", "--out_dir", str(folder), "--compose"]
+            line += [str(part.folder) for part in parts]
             found.append((f"{count}, composed", MANY[0], Run(one.home, folder, line, concepts)))
     return found
 

@@ -32,6 +32,8 @@ PICTURES = {
     "negative": "--method negative --cases {home}/cases.json",
     "flowedit": "--method flowedit --steps 8 --cases {home}/cases.json",
 }
+# The two that keep most other things (table topics), to be told several concepts.
+AT_ONCE = {"one run": "", "uce_context": BASELINES["uce_context"], "esd, tuned": BEST["esd, tuned"]}
 TABLES = dict(
     concepts={"ours": ""},
     topics=OURS | PAPER | BEST | BASELINES | PICTURES | {"oracle": ORACLE},
