@@ -58,15 +58,15 @@ def many(seed: int, args) -> list[tuple]:
     for count in (1, 3, 6, 12):
         concepts = MANY[:count]
         for variant, flags in AT_ONCE.items():
-            one = make_run(flags, concepts, seed, args)
-            found.append((f"{count}, {variant}", MANY[0], one))
+            found.append((f"{count}, {variant}", MANY[0], make_run(flags, concepts, seed, args)))
         if count > 1:
             parts = [make_run("", (name,), seed, args) for name in concepts]
             found += [(None, MANY[0], part) for part in parts]
-            folder = one.home / f"composed_{seed}"
+            home = make_run("", concepts, seed, args).home
+            folder = home / f"composed_{seed}"
             line = ["erase.py", "--out_dir", str(folder), "--compose"]
             line += [str(part.folder) for part in parts]
-            found.append((f"{count}, composed", MANY[0], Run(one.home, folder, line, concepts)))
+            found.append((f"{count}, composed", MANY[0], Run(home, folder, line, concepts)))
     return found
 
 

@@ -32,7 +32,7 @@ PICTURES = {
     "negative": "--method negative --cases {home}/cases.json",
     "flowedit": "--method flowedit --steps 8 --cases {home}/cases.json",
 }
-# The two that keep most other things (table topics), to be told several concepts.
+# Several concepts at once: ours, the best closed form and the best trained one of the table topics.
 AT_ONCE = {"one run": "", "uce_context": BASELINES["uce_context"], "esd, tuned": BEST["esd, tuned"]}
 TABLES = dict(
     concepts={"ours": ""},
