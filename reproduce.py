@@ -62,11 +62,11 @@ def many(seed: int, args) -> list[tuple]:
         if count > 1:
             parts = [make_run("", (name,), seed, args) for name in concepts]
             found += [(None, MANY[0], part) for part in parts]
-            home = make_run("", concepts, seed, args).home
-            folder = home / f"composed_{seed}"
+            whole = make_run("", concepts, seed, args)
+            folder = whole.home / f"composed_{seed}"
             line = ["erase.py", "--out_dir", str(folder), "--compose"]
             line += [str(part.folder) for part in parts]
-            found.append((f"{count}, composed", MANY[0], Run(home, folder, line, concepts)))
+            found.append((f"{count}, composed", MANY[0], whole._replace(folder=folder, make=line)))
     return found
 
 
