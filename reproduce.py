@@ -21,8 +21,10 @@ from typing import NamedTuple
 
 import artefacts
 import models
+import promptfiles
+import tables
 from safely import Parser, UserError, exit_code, number, write_text
-from tables import AT_ONCE, MADE_BY, MANY, MINUTES, ORACLE, TABLES, concepts_of, table_of
+from tables import AT_ONCE, MADE_BY, MANY, MINUTES, ORACLE, SEEDLESS, TABLES
 
 TURNS = defaultdict(threading.Lock)  # by folder: commands write to it one after the other
 
@@ -46,7 +48,8 @@ def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
         return Run(home, models.HERE / f"tiny/work_without_{short}/model/flux", [], concepts)
     words = flags.partition("{home}")[0].replace("--", "").split()
     name = "_".join(words).removeprefix("method_") or "ours"
-    script = "baselines.py" if flags.startswith("--method") else "erase.py"
+    script = "baselines.py" if words[:1] == ["method"] else "erase.py"
+    seed = 0 if script == "baselines.py" and words[1] in SEEDLESS else seed
     line = [script, "--concept", *concepts, *[word.format(home=home) for word in flags.split()]]
     line += ["--seed", str(seed), "--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]
     return Run(home, home / f"{name}_{seed}", line, concepts)
@@ -75,10 +78,11 @@ def planned(table: str, args) -> list[tuple]:
     found = []
     for seed in args.seeds:
         found += many(seed, args) if table == "many" else []
-        for concept in args.concepts or concepts_of(table, models.is_embedded(args.model)):
+        for concept in args.concepts or tables.concepts_of(table, models.is_embedded(args.model)):
             for variant, flags in TABLES[table].items():
                 found.append((variant, concept, make_run(flags, (concept,), seed, args)))
-    return [row for row in found if row[-1].make or row[-1].folder.is_dir()]
+    rows = {(row[0], row[-1].folder): row for row in found}  # what has no seed is there once
+    return [row for row in rows.values() if row[-1].make or row[-1].folder.is_dir()]
 
 
 def commands(table: str, run: Run, args) -> list[list[str]]:
@@ -139,20 +143,6 @@ def failures(runs: list[Run], table: str, args) -> int:
         pool.shutdown(cancel_futures=True)  # Ctrl-C starts no more
 
 
-def figures(run: Run) -> dict:
-    """{column: number} of a run; {} until it is scored."""
-    results = artefacts.read_json(run.home / "eval/results.json").get("results", {})
-    found = results.get(str(run.folder), {}).items()
-    found = {key: x.get("rate") if isinstance(x, dict) else x for key, x in found}
-    attacked = artefacts.read_json(run.beside(".attacks") / "results.json")
-    if attacked:
-        found["union"] = attacked["union_text_asr"]["erased"]["rate"]
-    for attack, by_model in attacked.get("attacks", {}).items():
-        found[attack] = by_model["erased"] and by_model["erased"]["asr_k"]["rate"]
-    took = artefacts.read_json(run.beside(".json"))
-    return found | took.get(run.make[0], {}) if found and run.make else found
-
-
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -170,6 +160,11 @@ def parse_args(argv=None):
     if wrong or not (args.tables or args.list):
         what = f"no table {wrong[0]!r}" if wrong else "which?"
         raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
+    models.inspect_model(args.model)
+    known = promptfiles.known_words(models.prompt_folder(args.model))
+    for name in args.concepts or ():
+        if promptfiles.bare(name).lower() not in known:
+            raise UserError(f"--concepts: {name!r} is not in the vocabulary of {args.model}")
     args.out = args.out / Path(args.model).name
     return args
 
@@ -189,7 +184,7 @@ def run(args) -> None:
         composed = [run for run in runs if "--compose" in run.make]  # of other runs
         failed += failures([run for run in runs if run not in composed], table, args)
         failed += failures(composed, table, args)
-        text = table_of([(*row, figures(run)) for *row, run in rows], table)
+        text = tables.table_of([(*row, tables.figures(run)) for *row, run in rows], table)
         write_text(args.out / f"{table}.md", text + "\n")
         print(f"\n{text}\n\nwrote {args.out / table}.md", flush=True)
     if failed:

@@ -2,6 +2,7 @@
 
 import statistics
 
+import artefacts
 from costs import markdown
 
 TOPICS = dict(tiny=("gun", "vampire", "sketch"), real=("gun", "Superman", "Van Gogh"))
@@ -13,6 +14,7 @@ ORACLE = "oracle"  # a model that never saw the concept, where tiny/train.py --w
 OURS = {"ours": "", "ours, no mask": "--max_closed 0 --steps 1"}
 OURS |= {"ours, mask alone": "--heal 0 --max_closed 0.05"}
 PAPER = {"preset paper": "--preset paper --steps 100"}
+SEEDLESS = ("uce", "uce_context", "sld", "negative", "flowedit")  # the same whatever --seed
 OFFICIAL = ("uce", "uce_context", "esd", "ca", "eap", "eraseanything", "gem")
 BASELINES = {name: f"--method {name}" for name in OFFICIAL}
 # with the settings that suit the small models: RESULTS.md, "Baselines: settings"
@@ -67,6 +69,20 @@ def spread(values: list) -> str:
     if len(values) < 2:
         return f"{values[0]:.3g}" if values else "-"
     return f"{statistics.mean(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+
+
+def figures(run) -> dict:
+    """{column: number} of one of reproduce.py's runs; {} until it is scored."""
+    results = artefacts.read_json(run.home / "eval/results.json").get("results", {})
+    found = results.get(str(run.folder), {}).items()
+    found = {key: x.get("rate") if isinstance(x, dict) else x for key, x in found}
+    attacked = artefacts.read_json(run.beside(".attacks") / "results.json")
+    if attacked:
+        found["union"] = attacked["union_text_asr"]["erased"]["rate"]
+    for attack, by_model in attacked.get("attacks", {}).items():
+        found[attack] = by_model["erased"] and by_model["erased"]["asr_k"]["rate"]
+    took = artefacts.read_json(run.beside(".json"))
+    return found | took.get(run.make[0], {}) if found and run.make else found
 
 
 def concepts_of(table: str, is_small: bool) -> tuple:

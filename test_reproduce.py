@@ -73,5 +73,14 @@ def test_every_table_is_planned(tmp_path, capsys):
     steps = {variant: run.folder for variant, _, run in reproduce.planned("steps", args)}
     gates = {variant: run.folder for variant, _, run in reproduce.planned("gates", args)}
     assert steps["200 steps"] == gates["1 %"] != steps["50 steps"]
-    with pytest.raises(reproduce.UserError, match="TABLE: no table 'nix'"):
-        reproduce.parse_args(["nix"])
+    args = reproduce.parse_args(["topics", "--concepts", "gun", "--out", str(tmp_path)])
+    rows = reproduce.planned("topics", args)
+    assert [variant for variant, _, _ in rows].count("uce") == 1  # a closed form has no seed
+    assert [variant for variant, _, _ in rows].count("esd") == 3
+    for wrong, error in (
+        (["nix"], "TABLE: no table 'nix'"),
+        (["topics", "--model", "tiny/nix"], "--model: tiny/nix"),
+        (["topics", "--concepts", "gun", "nix"], "--concepts: 'nix'"),
+    ):
+        with pytest.raises(reproduce.UserError, match=error):
+            reproduce.parse_args(wrong)
