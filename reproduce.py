@@ -17,80 +17,35 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import artefacts
 import models
 import promptfiles
 import tables
+from columns import slug
 from safely import Parser, UserError, exit_code, number, write_text
-from tables import AT_ONCE, MADE_BY, MANY, MINUTES, ORACLE, SEEDLESS, TABLES
+from tables import MADE_BY, MINUTES, TABLES, Run, planned
 
 TURNS = defaultdict(threading.Lock)  # by folder: commands write to it one after the other
 
 
-class Run(NamedTuple):
-    """One erased model."""
-
-    home: Path  # of all runs for its concepts, with eval/
-    folder: Path
-    make: list[str]  # the command that makes it
-    concepts: tuple[str, ...]
-
-    def beside(self, suffix: str) -> Path:
-        return self.home / f"{self.folder.name}{suffix}"
-
-
-def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
-    short = "_".join(concepts) if len(concepts) < 4 else f"{len(concepts)}_concepts"
-    home = args.out / short.replace(" ", "_")
-    if flags == ORACLE:
-        return Run(home, models.HERE / f"tiny/work_without_{short}/model/flux", [], concepts)
-    words = flags.partition("{home}")[0].replace("--", "").split()
-    name = "_".join(words).removeprefix("method_") or "ours"
-    script = "baselines.py" if words[:1] == ["method"] else "erase.py"
-    seed = 0 if script == "baselines.py" and words[1] in SEEDLESS else seed
-    line = [script, "--concept", *concepts, *[word.format(home=home) for word in flags.split()]]
-    line += ["--seed", str(seed), "--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]
-    return Run(home, home / f"{name}_{seed}", line, concepts)
-
-
-def many(seed: int, args) -> list[tuple]:
-    """1, 3, 6 and 12 concepts: in one run of each method, and composed of folders of one each."""
-    found = []
-    for count in (1, 3, 6, 12):
-        concepts = MANY[:count]
-        for variant, flags in AT_ONCE.items():
-            found.append((f"{count}, {variant}", MANY[0], make_run(flags, concepts, seed, args)))
-        if count > 1:
-            parts = [make_run("", (name,), seed, args) for name in concepts]
-            found += [(None, MANY[0], part) for part in parts]
-            whole = make_run("", concepts, seed, args)
-            folder = whole.home / f"composed_{seed}"
-            line = ["erase.py", "--out_dir", str(folder), "--compose"]
-            line += [str(part.folder) for part in parts]
-            found.append((f"{count}, composed", MANY[0], whole._replace(folder=folder, make=line)))
-    return found
-
-
-def planned(table: str, args) -> list[tuple]:
-    """[(variant, or None for what another one is made of, concept, Run)]."""
-    found = []
-    for seed in args.seeds:
-        found += many(seed, args) if table == "many" else []
-        for concept in args.concepts or tables.concepts_of(table, models.is_embedded(args.model)):
-            for variant, flags in TABLES[table].items():
-                found.append((variant, concept, make_run(flags, (concept,), seed, args)))
-    rows = {(row[0], row[-1].folder): row for row in found}  # what has no seed is there once
-    return [row for row in rows.values() if row[-1].make or row[-1].folder.is_dir()]
+def is_done(run: Run, line: list[str]) -> bool:
+    """Whether what the command makes is there, and of these very flags where that was noted."""
+    done = artefacts.read_json(run.beside(".json")).get(line[0], {}).get("command", line)
+    if line[0] == "evaluate.py":
+        scored = artefacts.read_json(run.home / "eval/results.json").get("results", {})
+        return done == line and str(run.folder) in scored
+    if line[0] == "attacks.py":
+        return done == line and (run.beside(".attacks") / "results.json").is_file()
+    is_finished = (run.folder / "mask.safetensors").is_file()
+    return done == line and (is_finished or "seconds" in artefacts.read_config(run.folder))
 
 
 def commands(table: str, run: Run, args) -> list[list[str]]:
     """What it takes, in order, without what is done."""
     about = ["--model", args.model, "--concept", *run.concepts]
     lines = []
-    by_erase = (run.folder / "mask.safetensors").is_file()
-    if run.make and not by_erase and "seconds" not in artefacts.read_config(run.folder):
+    if run.make and not is_done(run, run.make):
         is_begun = run.folder.is_dir() and any(run.folder.iterdir())
         for flag, maker in MADE_BY.items():
             if flag in run.make:
@@ -98,12 +53,19 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
                 lines += [] if Path(file).is_file() else [["evaluate.py", maker, file, *about]]
         lines.append(run.make + ["--resume"] * is_begun)
     place = ["--out_dir", str(run.home / "eval")]
-    lines.append(["evaluate.py", "--compare", str(run.folder), *place, *about])
+    wanted = [["evaluate.py", "--compare", str(run.folder), *place, *about]]
     if table == "attacks" and not (run.folder / "cases.json").is_file():  # weights
         place = [str(run.folder), "--out_dir", str(run.beside(".attacks"))]
-        lines.append(["attacks.py", *place, *about, "--num_prompts", str(args.num_prompts)])
-    done = artefacts.read_json(run.beside(".json"))
-    return [line for line in lines if line[0] not in done or line[1] in MADE_BY.values()]
+        wanted.append(["attacks.py", *place, *about, "--num_prompts", str(args.num_prompts)])
+    return lines + [line for line in wanted if not is_done(run, line)]
+
+
+def waited(process) -> tuple[int, float | None]:
+    """(its exit status, its peak memory in GiB, where the system tells it)."""
+    if not hasattr(os, "wait4"):  # Windows
+        return process.wait(), None
+    _, status, used = os.wait4(process.pid, 0)
+    return status, round(used.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
 
 def start(run: Run, line: list[str]) -> bool:
@@ -113,12 +75,13 @@ def start(run: Run, line: list[str]) -> bool:
     began = time.time()
     with open(run.beside(".log"), "a") as log:
         process = subprocess.Popen([sys.executable, *line], stdout=log, stderr=log)
-        _, status, used = os.wait4(process.pid, 0)
+        status, gib = waited(process)
     if status:
         print(f"      failed, see {log.name}", flush=True)
         return False
     if line[1] not in MADE_BY.values():
-        took = dict(seconds=round(time.time() - began), gib=round(used.ru_maxrss / 2**20, 2))
+        took = dict(command=[word for word in line if word != "--resume"], gib=gib)
+        took |= {} if "--resume" in line else dict(seconds=round(time.time() - began))
         done = artefacts.read_json(run.beside(".json"))
         artefacts.write_json(run.beside(".json"), done | {line[0]: took})
     return True
@@ -160,16 +123,16 @@ def parse_args(argv=None):
     if wrong or not (args.tables or args.list):
         what = f"no table {wrong[0]!r}" if wrong else "which?"
         raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
+    args.out = args.out / slug(models.portable_name(args.model))
+    return args
+
+
+def run(args) -> None:
     models.inspect_model(args.model)
     known = promptfiles.known_words(models.prompt_folder(args.model))
     for name in args.concepts or ():
         if promptfiles.bare(name).lower() not in known:
             raise UserError(f"--concepts: {name!r} is not in the vocabulary of {args.model}")
-    args.out = args.out / Path(args.model).name
-    return args
-
-
-def run(args) -> None:
     failed = 0
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"  # a second thread gains less than a second run

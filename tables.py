@@ -1,8 +1,11 @@
 """What the tables of RESULTS.md are made of, and their form: reproduce.py carries them out."""
 
 import statistics
+from pathlib import Path
+from typing import NamedTuple
 
 import artefacts
+import models
 from costs import markdown
 
 TOPICS = dict(tiny=("gun", "vampire", "sketch"), real=("gun", "Superman", "Van Gogh"))
@@ -71,8 +74,65 @@ def spread(values: list) -> str:
     return f"{statistics.mean(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
-def figures(run) -> dict:
-    """{column: number} of one of reproduce.py's runs; {} until it is scored."""
+class Run(NamedTuple):
+    """One erased model."""
+
+    home: Path  # of all runs for its concepts, with eval/
+    folder: Path
+    make: list[str]  # the command that makes it
+    concepts: tuple[str, ...]
+
+    def beside(self, suffix: str) -> Path:
+        return self.home / f"{self.folder.name}{suffix}"
+
+
+def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
+    short = "_".join(concepts) if len(concepts) < 4 else f"{len(concepts)}_concepts"
+    home = args.out / short.replace(" ", "_")
+    if flags == ORACLE:
+        name = Path(args.model).name
+        return Run(home, models.HERE / f"tiny/work_without_{short}/model/{name}", [], concepts)
+    words = flags.partition("{home}")[0].replace("--", "").split()
+    name = "_".join(words).removeprefix("method_") or "ours"
+    script = "baselines.py" if words[:1] == ["method"] else "erase.py"
+    seed = 0 if script == "baselines.py" and words[1] in SEEDLESS else seed
+    line = [script, "--concept", *concepts, *[word.format(home=home) for word in flags.split()]]
+    line += ["--seed", str(seed), "--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]
+    return Run(home, home / f"{name}_{seed}", line, concepts)
+
+
+def many(seed: int, args) -> list[tuple]:
+    """1, 3, 6 and 12 concepts: in one run of each method, and composed of folders of one each."""
+    found = []
+    for count in (1, 3, 6, 12):
+        concepts = MANY[:count]
+        for variant, flags in AT_ONCE.items():
+            found.append((f"{count}, {variant}", MANY[0], make_run(flags, concepts, seed, args)))
+        if count > 1:
+            parts = [make_run("", (name,), seed, args) for name in concepts]
+            found += [(None, MANY[0], part) for part in parts]
+            whole = make_run("", concepts, seed, args)
+            folder = whole.home / f"composed_{seed}"
+            line = ["erase.py", "--out_dir", str(folder), "--compose"]
+            line += [str(part.folder) for part in parts]
+            found.append((f"{count}, composed", MANY[0], whole._replace(folder=folder, make=line)))
+    return found
+
+
+def planned(table: str, args) -> list[tuple]:
+    """[(variant, or None for what another one is made of, concept, Run)]."""
+    found = []
+    for seed in args.seeds:
+        found += many(seed, args) if table == "many" else []
+        for concept in args.concepts or concepts_of(table, models.is_embedded(args.model)):
+            for variant, flags in TABLES[table].items():
+                found.append((variant, concept, make_run(flags, (concept,), seed, args)))
+    rows = {(row[0], row[-1].folder): row for row in found}  # what has no seed is there once
+    return [row for row in rows.values() if row[-1].make or row[-1].folder.is_dir()]
+
+
+def figures(run: Run) -> dict:
+    """{column: number} of a run; {} until it is scored."""
     results = artefacts.read_json(run.home / "eval/results.json").get("results", {})
     found = results.get(str(run.folder), {}).items()
     found = {key: x.get("rate") if isinstance(x, dict) else x for key, x in found}
