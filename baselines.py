@@ -266,10 +266,11 @@ def run(args) -> None:
         )
     given = {name: vars(args)[name] for name in models.CALL_FLAGS}
     call = models.sampler_call(args.model, kind, **given)
-    if call.get("true_cfg_scale", 1) > 1:
-        raise UserError("--true_cfg_scale: baselines are trained and drawn without")
     listing = read_cases(args.cases, args.concept, args.model) if args.cases else {}
     call |= listing.get("call", {})
+    if call.get("true_cfg_scale", 1) > 1:
+        flag = "--cases" if args.cases else "--true_cfg_scale"
+        raise UserError(f"{flag}: baselines are trained and drawn without true_cfg_scale")
     left_out = (*artefacts.NOT_RECORDED, *models.CALL_FLAGS)
     flags = {key: value for key, value in vars(args).items() if key not in left_out}
     flags = {key: str(x) if isinstance(x, Path) else x for key, x in flags.items()}
@@ -281,6 +282,9 @@ def run(args) -> None:
     if args.dry_run:
         print(json.dumps(config, indent=1))
         return
+    drawn = artefacts.read_json(args.out_dir / "cases.json") if args.resume else {}
+    if drawn and drawn != listing:
+        raise UserError(f"--resume: {args.out_dir} has pictures of other cases than {args.cases}")
     open_folder(args.out_dir, config, args.resume)
     artefacts.write_json(args.out_dir / "config.json", config)
 

@@ -89,7 +89,7 @@ def drawn(lab: Lab, step: int, among: list, name: str = "") -> tuple:
 
 
 def walk(lab: Lab, noise, text: tuple, k: int) -> tuple:
-    """(x_s after k sampling steps of the base, s)."""
+    """(x_s after k sampling steps, s), inside student() of the student."""
     return lab.model.trajectory(noise, text, lab.model.sigmas[: k + 1])[-1], lab.model.sigmas[k]
 
 
@@ -185,13 +185,14 @@ def uce_context(lab: Lab) -> None:
 # ------------------------------------------------------------------------- methods that are trained
 def esd(lab: Lab, step: int):
     """ESD (Gandikota et al., ICCV 2023, arXiv 2303.07345), its objective: at x_s after k steps
-    on the way to the concept, the student's v(c) becomes the base's v(anchor) - eta (v(c) - v("")).
+    of the student's way to the concept, its v(c) becomes the base's v(anchor) - eta (v(c) - v("")).
     The official FLUX code writes v(c) for the anchor: the same, with its eta one larger."""
     pairs, noise, k = drawn(lab, step, lab.pairs)
     prompts, neutrals = zip(*pairs, strict=True)
     text, empty = lab.text(prompts), lab.text([""] * len(prompts))
     anchor = empty if lab.flags.anchor == "empty" else lab.text(neutrals)
-    x, s = walk(lab, noise, text, k)
+    with student(lab, frozen=True):
+        x, s = walk(lab, noise, text, k)
     with torch.no_grad():
         push = lab.model.velocity(x, s, text) - lab.model.velocity(x, s, empty)
         target = lab.model.velocity(x, s, anchor) - lab.flags.eta * push
@@ -202,7 +203,7 @@ def esd(lab: Lab, step: int):
 def ca(lab: Lab, step: int):
     """Concept Ablation (Kumari et al., ICCV 2023, arXiv 2303.13516), model-based: on the base's
     pictures of the anchor (neutral) prompt with new noise at one of the sampler's s, the student's
-    v(c) becomes its own v(anchor), without gradient."""
+    v(c) becomes its own v(anchor), without gradient. Its code clips gradients; here none is."""
     pairs, noise, k = drawn(lab, step, lab.pairs)
     prompts, neutrals = zip(*pairs, strict=True)
     anchor = lab.text(neutrals)
@@ -218,8 +219,9 @@ def ca(lab: Lab, step: int):
 def eap(lab: Lab, step: int):
     """EAP (Bui et al., NeurIPS 2024, arXiv 2410.15618): ESD, and what the student draws for
     a word stays; in turns with it, the word is chosen to change most, by a Gumbel softmax of
-    temperature 2 (Adam 1e-3). Simplified: the words are the vocabulary's, not 100 centres of
-    English ones; errors are of v, not of x_0."""
+    temperature 2 (Adam 1e-3), the defaults of its code, whose published runs choose one word
+    (hard) at 1e-2. Simplified: the words are the vocabulary's, not 100 centres of English ones;
+    errors are of v, not of x_0."""
     is_adversary = step % 2 == 1
     if not is_adversary:
         yield from esd(lab, step)
@@ -232,7 +234,8 @@ def eap(lab: Lab, step: int):
     sequence, pooled = lab.text(lab.words)
     mixed = torch.tensordot(share.to(sequence), sequence, 1), share.to(pooled) @ pooled
     word = tuple(x.expand(len(noise), *x.shape) for x in mixed)
-    x, s = walk(lab, noise, tuple(x.detach() for x in word), k)
+    with student(lab, frozen=True):
+        x, s = walk(lab, noise, tuple(x.detach() for x in word), k)
     with torch.no_grad():
         target = lab.model.velocity(x, s, word)
     with student(lab, frozen=is_adversary):
@@ -289,7 +292,8 @@ def eraseanything(lab: Lab, step: int):
     """EraseAnything (Gao et al., ICML 2025, arXiv 2412.20413): in turns ESD with .001 of the
     attention to the concept's tokens, and .1 flow matching on the base's pictures of retain prompts
     with .1 of a reversed InfoNCE (temperature .07): the text's keys of the concept leave the base's
-    for those of neighbours. Simplified: neighbours are 8 words of its kind, not a GPT's."""
+    for those of neighbours. Simplified: neighbours are 8 words of its kind, not a GPT's, and keys
+    stand for its attention maps; its published runs have a neutral sentence (--anchor neutral)."""
     transformer = lab.model.pipe.transformer
     if step % 2 == 0:
         prompts = [prompt for prompt, _ in drawn(lab, step, lab.pairs)[0]]
