@@ -21,6 +21,7 @@ import models
 import promptfiles
 from safely import (
     UserError,
+    check_link,
     check_regular,
     claim,
     first_line,
@@ -93,11 +94,12 @@ def closed_of(mask: dict) -> str:
     return f"{closed} of {sum(gate.numel() for gate in mask.values())}"
 
 
-def save_mask(path: Path, mask: dict, base: dict, modules, **about) -> None:
-    """{site: (U,) of 0 and 1} for the base of these fingerprints. All that is said of it is one
-    entry of metadata, since safetensors writes several in any order."""
+def save_mask(path: Path, mask: dict, base: dict, modules, concept: list | None = None) -> None:
+    """{site: (U,) of 0 and 1} for the base of these fingerprints, and what it erases. All that is
+    said of it is one entry of metadata, since safetensors writes several in any order."""
     tensors = {site: gate.to("cpu", torch.uint8) for site, gate in mask.items()}
-    about |= dict(format=MASK_FORMAT, base=base, modules=list(modules), closed=closed_of(mask))
+    about = dict(format=MASK_FORMAT, base=base, modules=list(modules), closed=closed_of(mask))
+    about |= dict(concept=list(concept)) if concept else {}
     metadata = dict(mask=json.dumps(about, sort_keys=True))
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -116,6 +118,9 @@ def load_mask(path: Path, pipe) -> dict:
     for key, kind in dict(base=dict, modules=list, closed=str).items():
         if not isinstance(about.get(key), kind):
             raise UserError(f"{path}: its metadata have no {key}")
+    for name in about["modules"]:
+        if name not in MODULES:
+            raise UserError(f"{path}: its modules have {name!r}, none of {', '.join(MODULES)}")
     found = fingerprints(pipe)
     if about["base"] != found:
         other = [part for part in found if found[part] != about["base"].get(part)]
@@ -139,7 +144,7 @@ class Erasure(NamedTuple):
 
     mask: dict = {}  # {site: (U,) of 0 and 1}
     modules: list = []  # which parts have gates
-    lora: dict = {}  # {layer: (A, B)}, what mends the open weights
+    lora: dict = {}  # {layer: (A, B)}, see heal.py
 
 
 def load_erasure(folder: Path, pipe) -> Erasure:
@@ -148,7 +153,12 @@ def load_erasure(folder: Path, pipe) -> Erasure:
     config = erased_config(folder)
     mask = load_mask(folder / "mask.safetensors", pipe)
     with safe_open(folder / "mask.safetensors", "pt") as f:
-        modules = json.loads(f.metadata()["mask"])["modules"]
+        about = json.loads(f.metadata()["mask"])
+    modules = about["modules"]
+    concept = about.get("concept", config["concept"])  # masks of before do not say it
+    if concept != config["concept"]:
+        found = f"is of {', '.join(concept)}, its config.json of {', '.join(config['concept'])}"
+        raise UserError(f"{folder / 'mask.safetensors'}: {found}")
     file = folder / "heal.safetensors"
     if not config.get("heal"):
         if file.exists():
@@ -176,8 +186,10 @@ def load_erased(*folders, device=None, dtype=None):
     one base: what any of them closes is closed, their LoRAs add up (`--compose` mends anew instead,
     which keeps more). A device may also come last, without its name. Raises UserError, never gives
     the base instead."""
-    if is_device(folders[-1]):
+    if folders and is_device(folders[-1]):
         *folders, device = folders
+    if not folders:
+        raise UserError("load_erased: names no folder")
     folders = [Path(folder) for folder in folders]
     for folder in folders:
         for name in ("config.json", "mask.safetensors"):  # the mask is written last
@@ -241,16 +253,17 @@ def save_folded(model: str, kind: type, mask: dict, folder: Path, lora: dict | N
     write_atomically(folder, transformer.save_pretrained)
 
 
-def save(out_dir: Path, form: str, model: str, kind: type, base: dict, erasure: Erasure) -> None:
-    """What --save says, then what mends, and last the mask: a folder with it is finished."""
+def save(out_dir: Path, config: dict, model: str, kind: type, base: dict, erasure: Erasure) -> None:
+    """What --save says, then what mends, and last the mask: a folder with it is finished. config:
+    the run's; model: with its commit; base: the fingerprints."""
     mask, modules, lora = erasure
-    save_as(form, model, kind, mask, out_dir, lora)
+    save_weights(config["save"], model, kind, mask, out_dir, lora)
     if lora:
         heal.save(out_dir / "heal.safetensors", lora, base, mask)
-    save_mask(out_dir / "mask.safetensors", mask, base, modules)
+    save_mask(out_dir / "mask.safetensors", mask, base, modules, config["concept"])
 
 
-def save_as(
+def save_weights(
     form: str, model: str, kind: type, mask: dict, out_dir: Path, lora: dict | None = None
 ) -> None:
     """What --save says. A single file has diffusers' names, which ComfyUI's "Load Diffusion Model"
@@ -307,9 +320,9 @@ def read_metrics(folder: Path, rows: int | None = None) -> list[dict]:
     """The first rows of metrics.jsonl, without what a kill left of a last one. Raises UserError."""
     path = folder / "metrics.jsonl"
     check_regular(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = text.splitlines(keepends=True)
     try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = text.splitlines(keepends=True)
         return [json.loads(line) for line in lines[:rows] if line.endswith("\n")]
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -344,12 +357,14 @@ def listing(folder: Path) -> str:
 
 
 def last_words(folder: Path, steps: int, left: list[str]) -> str:
-    """What a finished run wrote, and what to do next; `left`: the concepts that are still there."""
+    """What a finished run wrote, and what to do next; `left`: the concepts that are still there.
+    steps: of the mask, 0 where folders were put together."""
     lines = [f"wrote {folder}/: {listing(folder)}"]
     if 0 < steps < 200:
         lines.append(f"after only {steps} steps few gates have closed yet: a trial, not a result")
     if left:
         advice = "more --steps, --heal_steps or --num_prompts, or a smaller --beta"
+        advice = advice if steps else "--heal_steps 400"
         lines.append(f"warning: NOT ERASED: {', '.join(left)}; try {advice}")
         return "\n".join(lines)
     preview = shlex.quote(str(folder / "preview.png"))
@@ -368,7 +383,8 @@ def run_config(flags: dict, call: dict) -> dict:
         folder = Path(models.local_name(flags["on"]))
         before = read_config(folder)
         config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
-        config["kind"] = flags["kind"] or before.get("kind")
+        kinds = {flags["kind"], before.get("kind")} - {None}  # of two kinds neither is that of all
+        config["kind"] = kinds.pop() if len(kinds) == 1 else None
         config["heal"] = max(flags["heal"], before.get("heal", 0))
         config["on_mask"] = digest(folder / "mask.safetensors")
     del config["compose"], config["restore"]
@@ -435,6 +451,16 @@ def check_writable(folder: Path, flag: str = "--out_dir") -> None:
         raise UserError(f"{flag}: {home} is not ours to write to")
 
 
+def check_report(folder: Path, key: str) -> None:
+    """Raises UserError unless the results in the folder, if any, are those of the script whose
+    results.json has this key: what is there would be overwritten."""
+    results = folder / "results.json"
+    for file in (results, folder / "report.md"):
+        check_link(file)
+        if file.exists() and key not in read_json(results):
+            raise UserError(f"--out_dir: {file} is of something else; choose another folder")
+
+
 def pinned_model(model: str, out_dir: Path, resume: bool) -> str:
     """--model with the commit that main is now, or was when the run that goes on began."""
     before = read_config(out_dir) if resume else {}
@@ -450,12 +476,12 @@ def disk_of(folder: Path) -> tuple[int, int]:
     return home.stat().st_dev, shutil.disk_usage(home).free
 
 
-def check_disk(out_dir: Path, form: str, sizes: dict) -> None:
-    """Raises UserError unless there is room for what comes from the hub and for what --save writes.
-    sizes: models.stored_bytes."""
+def check_disk(out_dir: Path, form: str, sizes: dict, of_lora: int) -> None:
+    """Raises UserError unless there is room for what comes from the hub, what --save writes and the
+    of_lora bytes of the LoRA and its states. sizes: models.stored_bytes."""
     cache = Path(constants.HF_HUB_CACHE)
     of_cache, of_out_dir = disk_of(cache), disk_of(out_dir)
-    written = dict(mask=0, pipeline=sizes["all"]).get(form, sizes["transformer"]) + 2**26
+    written = dict(mask=0, pipeline=sizes["all"]).get(form, sizes["transformer"]) + 2**26 + of_lora
     if of_cache[0] == of_out_dir[0]:
         written += sizes["download"]
     for flag, needed, free, advice in (
@@ -483,9 +509,15 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others:
         for flag, value in config.items():
             if flag not in FREE and before.get(flag) != value:
                 found = f"was {before.get(flag)}, now {value}"
+                if flag == "versions":
+                    raise UserError(f"--resume: the versions of packages: {found}; install those")
                 raise UserError(f"--resume: --{flag} {found}; repeat the same command")
         if (out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {out_dir} is finished")
     claim(out_dir)
     sizes = models.stored_bytes(models.recorded(config), transformer, others)
-    check_disk(out_dir, config["save"], sizes)
+    of_lora = 0
+    if config.get("heal"):  # in fp32: the state's three numbers each, written beside the old one
+        of_lora = 4 * heal.size_of(transformer, config["refit_rank"])
+        of_lora += 2 * 3 * 4 * heal.size_of(transformer, config["heal_rank"])
+    check_disk(out_dir, config["save"], sizes, of_lora)

@@ -27,31 +27,35 @@ def add_flags(parser) -> None:
 def parts_of(folders: list[Path], restore=()) -> list[Path]:
     """The folders, of a composed one its parts instead, without those that erase what `restore`
     names. Raises UserError for one that is not finished or has changed since it was composed."""
-    parts = {}  # {folder: the concepts it erases}
+    parts = {}  # {folder, whatever it was called: (its name here, the concepts it erases)}
     for folder in folders:
         config = artefacts.erased_config(folder)
         mask = folder / "mask.safetensors"
         if not config or not mask.is_file():
             raise UserError(f"--compose: {folder}: no finished erased model")
+        if config.get("on") and any(config.get(flag) for flag in ("prompts", "kind", "neutral")):
+            found = f"{folder} stands on {config['on']} and has flags for its own concept alone"
+            raise UserError(f"--compose: {found}; erase that from the base, then compose both")
         for name, known in config.get("parts", {}).items():
             file = Path(models.local_name(name)) / "mask.safetensors"
             if not file.is_file() or artefacts.digest(file) != known:
                 raise UserError(f"--compose: {name}, a part of {folder}, is gone or has changed")
-            parts[file.parent] = artefacts.erased_config(file.parent)["concept"]
+            concepts = artefacts.erased_config(file.parent)["concept"]
+            parts.setdefault(file.parent.resolve(), (file.parent, concepts))
         if not config.get("parts"):
-            parts[folder] = config["concept"]
+            parts.setdefault(folder.resolve(), (folder, config["concept"]))
     for concept in restore:
-        holding = [folder for folder, concepts in parts.items() if concept in concepts]
+        holding = {key: part for key, part in parts.items() if concept in part[1]}
         if not holding:
             raise UserError(f"--restore: none of the folders erases {concept!r}")
-        for folder in holding:
-            if len(parts[folder]) > 1:
-                found = f"{folder} was trained for {', '.join(parts[folder])} together"
+        for key, (folder, concepts) in holding.items():
+            if len(concepts) > 1:
+                found = f"{folder} was trained for {', '.join(concepts)} together"
                 raise UserError(f"--restore: {found}, which cannot be told apart")
-            del parts[folder]
+            del parts[key]
     if not parts:
         raise UserError("--restore: nothing is left to erase")
-    return list(parts)
+    return [folder for folder, _ in parts.values()]
 
 
 def fill(args) -> None:
@@ -84,6 +88,7 @@ def rows_of_parts(args, folder: Path) -> list[promptfiles.Rows]:
         known = {name: config.get(name) for name in ("concept", "kind", "neutral", "prompts")}
         if known["prompts"]:
             known["prompts"] = Path(known["prompts"])
+        known["num_prompts"] = args.num_prompts or config.get("num_prompts")
         found.append(promptfiles.training_rows(folder, **flags | known))
     return found
 
@@ -104,6 +109,5 @@ def teachers(args, pipe) -> tuple[artefacts.Erasure, list[Teacher]]:
     kept = training_rows(args, models.prompt_folder(args.model)).pairs
     for part, rows in zip(parts, rows_of_parts(args, models.prompt_folder(args.model))):
         prompts = [row["prompt"] for row in rows.pairs if row in kept]
-        if prompts:
-            found.append(Teacher(prompts, partial(gated, pipe.transformer, part.mask), part.lora))
+        found.append(Teacher(prompts, partial(gated, pipe.transformer, part.mask), part.lora))
     return artefacts.joined(*parts)._replace(lora={}), found

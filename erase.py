@@ -8,9 +8,9 @@ the whole sampler, gradient descent on the gates' logits minimises
     + beta E |F(gates, noise, prompt) - F(open, noise, prompt)|^2      preserve_loss: without it
     + beta x what closing each gate alone would do (harm_of_closing), a term that fades out
 
-end to end through all sampling steps. By the same losses a LoRA then learns on the open weights
-(heal.py), and is fitted again to harm nothing else (refit.py). Closed neurons' weights are zeroed,
-the LoRA is added: a plain state dict. The sampler is the pipeline's own __call__: this file knows
+end to end through all sampling steps. By the same losses a LoRA then learns (heal.py), and is
+fitted again to harm nothing else (refit.py). It is added to the weights, then those of closed
+neurons are zeroed: a plain state dict. The sampler is the pipeline's own __call__: this file knows
 nothing of a model's schedule, guidance or latents. "differs from paper" marks what is ours, such as
 the third term and the LoRA.
 
@@ -172,8 +172,8 @@ def harm_of_closing(
     """{site: (U,)} h_i = E |dF/dgate_i|^2, a mean over latents and `draws` retain pictures.
     differs from paper: preserve_loss has no gradient where all gates are open, so erase_loss alone
     would choose which close first. Near there preserve_loss is, but for products of two gates,
-    sum_i h_i (1 - gate_i)^2; of 0 and 1 the square is the same. With J = dF/dgates,
-    h = E (J^T v)^2 for v ~ N(0, 1) (Hutchinson's estimate)."""
+    sum_i h_i (1 - gate_i)^2, of gates of 0 and 1 the same without the square, as train() takes it.
+    With J = dF/dgates, h = E (J^T v)^2 for v ~ N(0, 1) (Hutchinson's estimate)."""
     rank, count = processes()
     rng = random.Random(f"{seed} harm")
     chosen = rng.choices(prompts, k=draws)
@@ -335,7 +335,7 @@ def run(args) -> None:
     learnt = {}
     if args.heal:
         size = heal.size_of(meta, args.heal_rank)
-        learnt = dict(lora=heal.open_layers(meta), lora_size=size)
+        learnt = dict(lora=heal.lora_layers(meta), lora_size=size)
     what = meta, others, kind, sites, call
     chosen, plan = lowmem.plan(*what, args.device, **flags(lowmem.FLAGS), **learnt)
     vars(args).update(chosen)
@@ -360,17 +360,17 @@ def run(args) -> None:
         )
 
     dtype = models.default_dtype(args.device, meta)
-    pipe, base, earlier = artefacts.load_base(args.model, args.on, dtype)
+    pipe, base, given = artefacts.load_base(args.model, args.on, dtype)
     teachers = []
     if args.compose:
-        earlier, teachers = compose.teachers(args, pipe)
+        given, teachers = compose.teachers(args, pipe)
     if imported:
-        earlier = artefacts.joined(earlier, imported)
+        given = artefacts.joined(given, imported)
     workers.wait_for_everyone()  # all have looked at out_dir
     log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 
     # the text encoders encode all there is, and leave before the transformer comes
-    held_out = rows.held_out(len(args.concept))
+    held_out = rows.held_out()
     retain = [row["prompt"] for row in rows.retain]
     pairs = promptfiles.as_pairs(rows.pairs)
     tests = promptfiles.as_pairs(held_out["concept prompts"])
@@ -384,29 +384,29 @@ def run(args) -> None:
     of_mask = flags((*DEFAULTS, "modules", "steps", "seed"))
     of_mask |= dict(first_step=first_step, state=state, on_step=log)
     mask = train(pipe, pairs, retain, **of_mask | learning)
-    erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), earlier)
+    erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), given)
     mask = erasure.mask
 
-    # what mends the open weights. differs from paper
+    # the LoRA. differs from paper
     sample = partial(rollout, pipe, **call)
     masked = partial(gated, pipe.transformer, mask)
     of_fit = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed)
     of_fit |= dict(retain=retain, batch=args.micro_batch)
     fit = partial(refit, pipe.transformer, sample, masked, **of_fit)
-    lora = {}
-    if args.heal and args.refit and teachers:
-        lora = fit(teachers)
+    is_fitted = args.heal and args.refit
+    lora = fit(teachers) if is_fitted and teachers else {}
     if args.heal and args.heal_steps:
         learn, latest = learner(pipe, pairs, retain, **learning)
         of_lora = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
         lora = heal.tune(pipe, lora, partial(learn, gates=mask), latest, *healed, log, **of_lora)
     if not is_first:
         return
-    if args.heal and args.refit and (args.heal_steps or not teachers):
+    is_learnt = args.heal_steps or not teachers  # else it comes from a fit already
+    if is_fitted and is_learnt:
         itself = Teacher([prompt for prompt, _ in pairs], masked, lora)
         lora = fit([itself])
 
-    # what it did, on prompts and noises that training never had; gated and folded are the same bits
+    # what it did, on prompts and noises that training never had; folding it only rounds
     errors = {}
     sheet = []
     noises = range(HELD_OUT_NOISE, HELD_OUT_NOISE + len(tests))
@@ -420,10 +420,11 @@ def run(args) -> None:
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))
     line = pictures.summary(mask, errors, held_out, time.time() - began, args.device)
     facts = config | dict(pairs=len(pairs), retain=len(retain), held_out=len(tests))
+    facts["heal"] = args.heal  # of this run, not of the one that it stands on
     pictures.save_card(args.out_dir, line, base, facts)
     erasure = erasure._replace(lora=heal.joined(erasure.lora, lora))
-    artefacts.save(args.out_dir, args.save, args.model, kind, base, erasure)  # finished
-    left = pictures.not_erased(errors, held_out, args.concept)
+    artefacts.save(args.out_dir, config, args.model, kind, base, erasure)  # finished
+    left = pictures.not_erased(errors, held_out)
     print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps, left)}")
 
 

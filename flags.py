@@ -32,10 +32,10 @@ DEFAULTS = dict(
 )
 # Where the authors' released code, as it is run, has other values than table 6.
 OFFICIAL = dict(beta=0.1, temperature=0.83, noise=0.5, batch=2, retain_batch=2)
-# differs from paper: what mends the open weights after the mask, in the same columns.
+# differs from paper: what follows the mask, in the same columns.
 HEALING = dict(
-    heal=(0, 1, number(int, 0, 1), "1: then mend the open weights, as the next five say"),
-    heal_steps=(200, 200, number(int, 0), "steps on a LoRA of the open weights, the same loss"),
+    heal=(0, 1, number(int, 0, 1), "1: then a LoRA, as the next five say"),
+    heal_steps=(200, 200, number(int, 0), "optimiser steps of the LoRA, by the same loss"),
     heal_lr=(2e-3, 2e-3, NOT_NEGATIVE, "AdamW's learning rate there, which falls to 0"),
     heal_rank=(16, 16, COUNT, "the LoRA's rank"),
     refit=(0.01, 0.01, NOT_NEGATIVE, "strength of the ridge regression after it; 0: none"),

@@ -1,6 +1,6 @@
-"""Mends the open weights after a mask, and erases what it left: a LoRA on the layers that read
-gated activations and on those of the text, learnt by the same loss. differs from paper, which only
-closes neurons.
+"""Erases what the mask left, and mends what it harmed: a LoRA on the layers that read gated
+activations and on those of the text, learnt by the same loss. differs from paper, which only closes
+neurons.
 
 A LoRA is {layer: (A, B)}, A (R, inputs), B (outputs, R): the layer gives W h + b + B A h. It learns
 end to end here; refit.py then fits it layer by layer. Its file has diffusers' names, for the base
@@ -43,13 +43,13 @@ def readers(transformer) -> dict:
     blocks = tuple(f"{block}." for block in blocks_of(transformer))
     found = {}
     for name, layer in transformer.named_modules():
-        is_open = name in names or ATTENTION.fullmatch(name)
-        if is_open and name.startswith(blocks) and isinstance(layer, torch.nn.Linear):
+        is_reader = name in names or ATTENTION.fullmatch(name)
+        if is_reader and name.startswith(blocks) and isinstance(layer, torch.nn.Linear):
             found[name] = layer
     return found
 
 
-def open_layers(transformer) -> dict:
+def lora_layers(transformer) -> dict:
     """{name: linear layer} that gets a LoRA: the readers, and those of the text."""
     found = readers(transformer)
     for name, layer in transformer.named_modules():
@@ -62,7 +62,7 @@ def open_layers(transformer) -> dict:
 def shapes_of(transformer, rank: int) -> dict:
     """{layer: (shape of A, shape of B)}."""
     shapes = {}
-    for name, layer in open_layers(transformer).items():
+    for name, layer in lora_layers(transformer).items():
         inputs, outputs = layer.in_features, layer.out_features
         least = min(rank, inputs, outputs)
         shapes[name] = (least, inputs), (outputs, least)
@@ -100,7 +100,8 @@ def adapted(transformer, lora: dict):
 
     def add_change(layer, inputs, output, a, b):
         h = inputs[0].to(a.dtype)
-        return output + (h @ a.T @ b.T).to(output.dtype)
+        change = h @ a.T.to(h.device) @ b.T.to(h.device)
+        return output + change.to(output.dtype)
 
     with contextlib.ExitStack() as hooks:
         for name, (a, b) in lora.items():
@@ -118,11 +119,13 @@ def merge(transformer, lora: dict) -> None:
 
 
 def joined(*loras: dict) -> dict:
-    """Their sum, of the sum of their ranks."""
+    """Their sum, of the sum of their ranks, on the first one's device."""
     names = dict.fromkeys(name for lora in loras for name in lora)
     sums = {}
     for name in names:
-        a, b = zip(*[lora[name] for lora in loras if name in lora], strict=True)
+        pairs = [lora[name] for lora in loras if name in lora]
+        device = pairs[0][0].device
+        a, b = zip(*[(a.to(device), b.to(device)) for a, b in pairs], strict=True)
         sums[name] = torch.cat(a), torch.cat(b, dim=1)
     return sums
 
@@ -145,7 +148,8 @@ def tune(pipe, lora, learn, latest, first_step, state, on_step, *, steps, lr, ra
     if state:
         latest.copy_(state["latest"])
         flat.data.copy_(state["lora"])
-        optimizer.state[flat] = {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        moments = {name: state[name].to(flat.device) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[flat] = dict(step=state["step"]) | moments
     is_quiet = dist.is_initialized() and dist.get_rank() > 0
     bar = tqdm(range(first_step, steps), "heal", steps, initial=first_step, disable=is_quiet)
     for step in bar:
@@ -193,7 +197,7 @@ def load(path: Path, transformer, base: dict, mask: dict) -> dict:
         if about.get(key) != value:
             raise UserError(f"{path}: made for {key} {about.get(key)}, not {value}")
     lora = {}
-    for name, layer in open_layers(transformer).items():
+    for name, layer in lora_layers(transformer).items():
         a, b = (tensors.get(f"transformer.{name}.lora_{x}.weight") for x in "AB")
         found = [list(part.shape) for part in (a, b) if part is not None]
         rank = found[0][:1] if found else []

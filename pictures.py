@@ -7,7 +7,6 @@ import torch
 from PIL import Image, ImageDraw
 
 from models import for_prompts
-from promptfiles import mentions
 from safely import UserError, first_line, write_atomically, write_text
 
 
@@ -120,7 +119,7 @@ Made by Minimalist Concept Erasure (ICML 2025, arXiv 2507.13386): {steps} steps 
 pairs and {retain} retain prompts, gates `{gate}` on {modules}, beta {beta}, seed {seed}; then
 {healed}. The errors
 are mean squared errors of the final latents over {held_out} test prompts (of a file without any,
-training prompts) and noises that training never had, gates folded. Whether the concept is still
+training prompts) and noises that training never had. Whether the concept is still
 *seen* is for a judge to say, not for this loss.
 
 ```python
@@ -130,10 +129,10 @@ pipe("a photo", {call}).images[0]
 ```
 `mask.safetensors` is the mask alone, `heal.safetensors`, if it is there, the LoRA under it; both
 fit only base weights with these fingerprints: {base};
-`config.json` is the exact run; `preview.png` shows same-seed pairs on test prompts, which were
-never trained on; `metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the
-optimiser's state; `transformer/`, if it is there, loads by its class's from_pretrained, and beside
-`model_index.json` the whole folder by DiffusionPipeline.from_pretrained.
+`config.json` is the exact run; `preview.png` shows same-seed pairs on those prompts;
+`metrics.jsonl` and `curves.png` are the losses; `state.safetensors` the optimiser's state;
+`transformer/`, if it is there, loads by its class's from_pretrained, and beside `model_index.json`
+the whole folder by DiffusionPipeline.from_pretrained.
 """
 
 
@@ -158,15 +157,16 @@ def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) ->
     )
 
 
-def not_erased(errors: dict, held_out: dict, concepts: list[str]) -> list[str]:
+def not_erased(errors: dict, held_out: dict) -> list[str]:
     """The concepts of whose error on test prompts more than half is left. errors: as summary's."""
-    found = []
-    for concept in concepts:
-        rows = held_out["concept prompts"]
-        mine = [i for i, row in enumerate(rows) if mentions(concept, row["prompt"])]
-        if mine and errors["erased"][mine].sum() > 0.5 * errors["base"][mine].sum():
-            found.append(concept)
-    return found
+    rows = {}
+    for i, row in enumerate(held_out["concept prompts"]):
+        rows.setdefault(row["concept"], []).append(i)
+    return [
+        concept
+        for concept, mine in rows.items()
+        if errors["erased"][mine].sum() > 0.5 * errors["base"][mine].sum()
+    ]
 
 
 def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
@@ -176,9 +176,10 @@ def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
     words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=str(folder), summary=line)
     base = ", ".join(f"{part} `{fingerprint}`" for part, fingerprint in base.items())
     words |= dict(modules=" and ".join(facts["modules"]), base=base)
-    words["healed"] = "the open weights were left as they are (`--heal 0`)"
+    words["healed"] = "no LoRA (`--heal 0`)"
     if facts["heal"]:
-        learnt = "{heal_steps} steps on a LoRA of rank {heal_rank} of the open weights"
-        words["healed"] = f"{learnt}, refitted with strength {{refit}}".format(**facts)
+        learnt = "{heal_steps} steps on a LoRA of rank {heal_rank}"
+        learnt += ", refitted with strength {refit} and rank {refit_rank}" if facts["refit"] else ""
+        words["healed"] = learnt.format(**facts)
     text = MODEL_CARD.format(**facts | words)
     write_text(folder / "README.md", text)

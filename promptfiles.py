@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import itertools
 import random
 import re
 from pathlib import Path
@@ -30,7 +31,7 @@ VOWEL = re.compile(
 
 
 def add_kind(parser) -> None:
-    help = "what the concept is, where no file of prompts/ says it: templates depend on it"
+    help = "what concepts are that no file of prompts/ knows: templates depend on it"
     parser.add_argument("--kind", choices=KINDS, help=help)
 
 
@@ -165,19 +166,20 @@ def phrase(words: str, kind: str, vocabulary: dict) -> str:
 
 
 def kind_of(concept: str, kind: str | None, vocabulary: dict) -> str:
-    """What the command line says, else the vocabulary. Raises UserError if neither does."""
+    """What the vocabulary says, else the command line, which may also make a person of a thing.
+    Raises UserError if neither says it."""
     known = vocabulary.get(bare(concept).lower(), {}).get("kind")
-    if not kind and not known:
+    if known and not (known == "object" and kind == "person"):
+        kind = known
+    if not kind:
         near = difflib.get_close_matches(concept, vocabulary, 1)
         meant = f" (or did you mean {near[0]!r}?)" if near else ""
         raise UserError(f"--kind: needed for {concept!r}: object, style or person?{meant}")
-    kind = kind or known
     return kind if kind in KINDS else "object"
 
 
 def is_style(concept: str, kind: str | None, vocabulary: dict) -> bool:
-    known = vocabulary.get(bare(concept).lower(), {}).get("kind")
-    return (kind or known) == "style"
+    return vocabulary.get(bare(concept).lower(), {}).get("kind", kind) == "style"
 
 
 def template_pairs(
@@ -236,20 +238,29 @@ def as_pairs(rows: list[dict]) -> list[tuple[str, str]]:
 
 
 class Rows(NamedTuple):
-    """The rows that a training takes, and those of the test split, which it does not."""
+    """The rows that a training takes, and those of the test split, which it does not. What each of
+    `pairs` and `tests` is for, its "concept" says."""
 
     pairs: list[dict]
     retain: list[dict]
     tests: list[dict]
     retain_tests: list[dict]
 
-    def held_out(self, concepts: int = 1) -> dict[str, list]:
+    def held_out(self) -> dict[str, list]:
         """{kind: test rows}, 32, of concept prompts 8 a concept if that is more; the same whatever
         the run's seed."""
-        pick = random.Random("held out").sample
-        wanted = {"concept prompts": (self.tests, max(32, 8 * concepts))}
-        wanted |= {"other prompts": (self.retain_tests, 32)}
-        return {kind: pick(rows, min(most, len(rows))) for kind, (rows, most) in wanted.items()}
+        rng = random.Random("held out")
+
+        def pick(rows: list, most: int) -> list:
+            return rng.sample(rows, min(most, len(rows)))
+
+        names = dict.fromkeys(row["concept"] for row in self.tests)
+        picked = []
+        for name in names:
+            mine = [row for row in self.tests if row["concept"] == name]
+            picked.append(pick(mine, max(8, 32 // len(names))))
+        in_turn = [row for rows in itertools.zip_longest(*picked) for row in rows if row]
+        return {"concept prompts": in_turn, "other prompts": pick(self.retain_tests, 32)}
 
 
 def retain_rows(spec: str) -> list[dict]:
@@ -278,6 +289,7 @@ def training_rows(
     tests = []
     for name in concept:
         rows = concept_pairs(name, folder, neutral, prompts, kind)
+        rows = [row | dict(concept=name) for row in rows]
         if prompts and len(concept) > 1:
             rows = [row for row in rows if mentions(name, row["prompt"])]
         train = of_split(rows, "train")
@@ -285,31 +297,40 @@ def training_rows(
             flag = "--prompts" if prompts else "--concept"
             raise UserError(f"{flag}: no training pairs for {name!r}")
         most = STYLE_PAIRS if is_style(name, kind, vocabulary) else PAIRS
-        pairs += train[: num_prompts or most]
-        tests += of_split(rows, "test")
-    if len(concept) > 1:  # no picture of one is the target for another
-        pairs = without(concept, pairs, "neutral_prompt")
-        tests = without(concept, tests, "neutral_prompt")
-        if not pairs:
-            raise UserError(f"--concept: no prompts are left of {', '.join(concept)} together")
+        train = train[: num_prompts or most]
+        pairs += train
+        tests += of_split(rows, "test") or train
+    if len(concept) > 1:
+        pairs, tests = apart(concept, pairs), apart(concept, tests)
     rows = without(concept, retain_rows(str(retain or folder / "retain.csv")))
     others = of_split(rows, "train")
     if not others:
         raise UserError(f"--retain: {retain} has no training prompt without the concept")
-    return Rows(pairs, others, tests or pairs, of_split(rows, "test") or others)
+    return Rows(pairs, others, tests, of_split(rows, "test") or others)
+
+
+def apart(concepts: list[str], rows: list[dict]) -> list[dict]:
+    """Without the rows whose neutral prompt names a concept: no picture of one is the target for
+    another. Raises UserError where a concept has no other rows."""
+    kept = without(concepts, rows, "neutral_prompt")
+    lost = {row["concept"] for row in rows} - {row["concept"] for row in kept}
+    if lost:
+        found = f"every neutral prompt of {min(lost)!r} names what is to be erased beside it"
+        raise UserError(f"--concept: {found}")
+    return kept
 
 
 def together(found: list[Rows], concepts: list[str]) -> Rows:
     """Of several concepts: no pair whose neutral prompt, and no retain prompt, names one of them.
     Raises UserError if none is left."""
-    pairs, retain, tests, retain_tests = [], [], [], []
+    pairs, tests = [], []
     for rows in found:
-        pairs += without(concepts, rows.pairs, "neutral_prompt")
-        tests += without(concepts, rows.tests, "neutral_prompt")
-    for rows in found[:1]:
-        retain, retain_tests = without(concepts, rows.retain), without(concepts, rows.retain_tests)
-    if not (pairs and tests and retain and retain_tests):
-        raise UserError(f"--concept: no prompts are left of {', '.join(concepts)} together")
+        pairs += apart(concepts, rows.pairs)
+        tests += apart(concepts, rows.tests)
+    retain = without(concepts, found[0].retain)
+    retain_tests = without(concepts, found[0].retain_tests)
+    if not (retain and retain_tests):
+        raise UserError(f"--retain: no prompt is left without {', '.join(concepts)}")
     return Rows(pairs, retain, tests, retain_tests)
 
 

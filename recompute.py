@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint as recompute
 
 import memory
-from lowmem import blocks_of
 
 
 def recomputed(forward, kept: int = 0):
@@ -66,6 +65,6 @@ def checkpointed(pipe, checkpoint: str, call: dict):
     if checkpoint in ("step", "both"):
         kept[pipe.transformer] = memory.load_of(type(pipe), call).calls
     if checkpoint in ("block", "both"):
-        kept |= {block: 0 for block in blocks_of(pipe.transformer)}
+        kept |= {block: 0 for block in memory.blocks_of(pipe.transformer).values()}
     with replaced(list(kept), lambda module, forward: recomputed(forward, kept[module])):
         yield

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import tree_map_only
 
-from heal import ATTENTION, TEXT, adapted, best_ranks, open_layers
+from heal import ATTENTION, TEXT, adapted, best_ranks, lora_layers
 from memory import blocks_of
 from recompute import replaced
 
@@ -43,7 +43,7 @@ def stages(transformer, state) -> list:
     another one makes: they are the outputs of one attention, or of one block's FFNs, or the text's
     queries, keys and values."""
     blocks = blocks_of(transformer)
-    layers = open_layers(transformer)
+    layers = lora_layers(transformer)
     called = []
     with contextlib.ExitStack() as hooks:
         for name in (*blocks, *layers):
@@ -168,25 +168,26 @@ def refit(
     gates. Raises RuntimeError where a weight is not finite."""
     first_seed = NOISE + seed * 2**22
     groups = [(states(transformer, sample, retain, first_seed, batch), contextlib.nullcontext, {})]
-    for teacher in teachers:
-        # noises of their own, after all those that the retain prompts may take
-        first_seed += 2**21 if len(groups) == 1 else PICTURES * 100
+    first_seed += 2**21  # after all noises that the retain prompts may take
+    for i, teacher in enumerate(teachers):
         prompts = teacher.prompts * -(-PICTURES // (len(teacher.prompts) * len(teachers)))
         with adapted(transformer, teacher.lora), teacher.masked():
-            found = states(transformer, sample, prompts, first_seed, batch)
+            own = first_seed + i * PICTURES * 100
+            found = states(transformer, sample, prompts, own, batch)
         groups.append((found, teacher.masked, teacher.lora))
     every = [state for found, _, _ in groups for state in found]
     weights = [1.0] * len(groups[0][0])
     weights += [CONCEPT] * (len(every) - len(weights))
     lora = {}
-    taught, student = [{} for _ in every], [{} for _ in every]  # what blocks gave, by state
+    taught = [[{} for _ in found] for found, _, _ in groups]  # what blocks gave, by state
+    student = [{} for _ in every]
     with replaying(transformer) as replay:
         for done, names in stages(transformer, every[0]):
             targets = []
-            for found, gates, change in groups:
+            for (found, gates, change), memories in zip(groups, taught, strict=True):
                 with adapted(transformer, change), gates():
-                    for state in found:
-                        rows = replay(state, names, done, taught[len(targets)])
+                    for state, memory in zip(found, memories, strict=True):
+                        rows = replay(state, names, done, memory)
                         targets.append({name: output.cpu() for name, (_, output) in rows.items()})
             sums = {}
             with adapted(transformer, lora), masked():

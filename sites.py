@@ -142,8 +142,8 @@ def gated(transformer, gates: dict):
 
 
 def closed_slices(transformer, mask: dict):
-    """Yields (parameter name, dim, indices) of the closed units' weights, on both sides: a closed
-    neuron gets no gradient from which it could grow again."""
+    """Yields (parameter name, dim, indices) of the weights that make closed units and, where one
+    layer reads them, of those that read: neither gets a gradient from which it could grow again."""
     sites = gate_sites(transformer, MODULES)
     for name, gate in mask.items():
         units, producers, consumer = sites[name]

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections import Counter
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -365,6 +366,15 @@ def test_masks(tmp_path):
         save_file(tensors | gates, path, dict(mask=json.dumps(about | said)))
         with pytest.raises(UserError, match=message):
             erase.load_mask(path, pipe)
+    artefacts.save_mask(path, mask, base, ["ffn", "norm"], ["knife"])
+    artefacts.write_json(
+        tmp_path / "config.json",
+        dict(concept=["gun"], modules=["ffn"], model="x", call=models.CALLS["tiny/flux"]),
+    )
+    with pytest.raises(UserError, match="is of knife, its config.json of gun"):
+        artefacts.load_erasure(tmp_path, pipe)
+    with pytest.raises(UserError, match="load_erased: names no folder"):
+        artefacts.load_erased("cpu")
     (tmp_path / "torn").write_bytes(path.read_bytes()[:200])
     (tmp_path / "text").write_text("{}")
     for name in ("torn", "text", "none"):
@@ -487,7 +497,7 @@ def test_other_forms_of_saving(tmp_path):
     for form in ("pipeline", "single", "mask"):
         out = tmp_path / form
         out.mkdir()
-        artefacts.save_as(form, str(base), kind, mask, out)
+        artefacts.save_weights(form, str(base), kind, mask, out)
         artefacts.write_json(out / "config.json", config)
         artefacts.save_mask(out / "mask.safetensors", mask, *about)
     assert listing(tmp_path / "mask") == "config.json mask.safetensors"
@@ -504,18 +514,19 @@ def test_other_forms_of_saving(tmp_path):
 
 
 GB = 10**9
-ROOM = [  # free bytes of cache and out_dir, whether on one disk, --save, message
-    ((30 * GB, 30 * GB), False, "full", None),
-    ((19 * GB, 90 * GB), False, "mask", "--model: 17.70 GiB free, 18.63 needed; HF_HOME"),
-    ((30 * GB, 5 * GB), False, "full", "--out_dir: .* 9.38 needed; --save mask needs little"),
-    ((30 * GB, 20 * GB), False, "pipeline", "--out_dir: .* 19.62 needed"),
-    ((30 * GB, 30 * GB), True, "full", "--out_dir: .* 28.00 needed"),
-    ((30 * GB, 30 * GB), True, "mask", None),
+ROOM = [  # free bytes of cache and out_dir, whether on one disk, --save, of the LoRA, message
+    ((30 * GB, 30 * GB), False, "full", 0, None),
+    ((19 * GB, 90 * GB), False, "mask", 0, "--model: 17.70 GiB free, 18.63 needed; HF_HOME"),
+    ((30 * GB, 5 * GB), False, "full", 0, "--out_dir: .* 9.38 needed; --save mask needs little"),
+    ((30 * GB, 20 * GB), False, "pipeline", 0, "--out_dir: .* 19.62 needed"),
+    ((30 * GB, 30 * GB), True, "full", 0, "--out_dir: .* 28.00 needed"),
+    ((30 * GB, 30 * GB), True, "mask", 0, None),
+    ((30 * GB, 3 * GB), False, "mask", 4 * GB, "--out_dir: 2.79 GiB free, 3.79 needed"),
 ]
 
 
-@pytest.mark.parametrize("free, one_disk, form, message", ROOM)
-def test_room_on_the_disks(free, one_disk, form, message, hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("free, one_disk, form, of_lora, message", ROOM)
+def test_room_on_the_disks(free, one_disk, form, of_lora, message, hub, tmp_path, monkeypatch):
     """For what --save writes and for what the hub has yet to send, which is what diffusers reads:
     no variants, no single files, nothing that is in the cache."""
     hub(HUB_COMMITS[0])
@@ -536,7 +547,7 @@ def test_room_on_the_disks(free, one_disk, form, message, hub, tmp_path, monkeyp
     disks = dict(hub=(0, free[0]), out=(0 if one_disk else 1, free[1]))
     monkeypatch.setattr(artefacts, "disk_of", lambda folder: disks[folder.name])
     with pytest.raises(UserError, match=message) if message else ExitStack():
-        artefacts.check_disk(tmp_path / "out", form, sizes)
+        artefacts.check_disk(tmp_path / "out", form, sizes, of_lora)
 
 
 def test_saving_holds_few_weights_in_memory(tmp_path):
@@ -659,6 +670,14 @@ def test_erased_folder(erased, tmp_path, pipe):
     assert [row["split"] for row in held_out] == ["test"] * 40
     trained = {row["prompt"] for row in rows.pairs + rows.retain}
     assert not trained & {row["prompt"] for row in held_out}
+    what = dict(concept=["gun", "nudity", "sketch"], prompts=None)
+    rows = promptfiles.training_rows(models.HERE / "prompts", **what | dict(kind="style"))
+    some = rows.held_out()["concept prompts"]
+    assert [row["concept"] for row in some[:4]] == ["gun", "nudity", "sketch", "gun"]
+    assert Counter(row["concept"] for row in some) == dict(gun=10, nudity=10, sketch=10)
+    errors = dict(base=torch.ones(len(some)), erased=torch.zeros(len(some)))
+    errors["erased"][1::3] = 1  # of nudity, which no prompt names
+    assert pictures.not_erased(errors, dict(zip(["concept prompts"], [some]))) == ["nudity"]
     assert erase.HELD_OUT_NOISE >= erase.TRAIN_NOISE + 2**20
     mask = erase.load_mask(erased / "mask.safetensors", pipe)
     noises = range(erase.HELD_OUT_NOISE, erase.HELD_OUT_NOISE + 40)

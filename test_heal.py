@@ -6,6 +6,8 @@ import copy
 import json
 import shutil
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def error(pipe, transformer, prompts, call) -> float:
 def layer_outputs(pipe, mask, lora, states) -> dict:
     """{layer: what it makes of all states, a row a token}."""
     transformer = erased(pipe.transformer, mask or {}, lora)
-    outputs = {name: [] for name in heal.open_layers(transformer)}
+    outputs = {name: [] for name in heal.lora_layers(transformer)}
     with refit.replaying(transformer) as run:
         for _, names in refit.stages(transformer, states[0]):
             for state in states:
@@ -278,7 +280,7 @@ def test_families(name):
     mask = random_mask(pipe.transformer, 0.3, ("ffn",))
     how = dict(call=call, rank=1000, batch=16)
     lora = refitted(pipe, mask, {}, CONCEPT[:1], RETAIN[:4], **how)
-    assert set(lora) == set(heal.open_layers(pipe.transformer)) != set()
+    assert set(lora) == set(heal.lora_layers(pipe.transformer)) != set()
     assert all(part.isfinite().all() for pair in lora.values() for part in pair)
     sample = partial(erase.rollout, pipe, **call)
     with torch.no_grad():
@@ -299,6 +301,36 @@ def test_families(name):
 
 
 BASE = dict(transformer="of these weights")
+
+
+def test_another_device():
+    """What comes from files lies in CPU memory, and goes where the model is: a LoRA that is added
+    to one there, a teacher's, and a resumed run's state. The other device is torch's meta."""
+    transformer = models.inspect_model("tiny/flux")[1]
+    shapes = heal.shapes_of(transformer, 2)
+    here = heal.as_lora(heal.start(transformer, 2, 0), shapes)
+    there = heal.as_lora(heal.start(transformer, 2, 0).to("meta"), shapes)
+    for first, second in ((there, here), (here, here)):
+        both = heal.joined(first, second)
+        assert all(a.device == first[name][0].device for name, (a, _) in both.items())
+        assert all(a.shape[0] == b.shape[1] == 4 for a, b in both.values())
+    name = next(iter(here))
+    with heal.adapted(transformer, {name: here[name]}):
+        layer = transformer.get_submodule(name)
+        assert layer(torch.zeros(1, layer.in_features, device="meta")).device.type == "meta"
+
+    flat = heal.start(transformer, 2, 0)
+    state = dict(latest=torch.ones(3), lora=flat, step=torch.tensor(1.0))
+    state |= dict(exp_avg=flat, exp_avg_sq=flat)
+    pipe = SimpleNamespace(transformer=transformer, _execution_device=torch.device("meta"))
+
+    def learn(key, leaf, lora):
+        leaf.grad = torch.zeros_like(leaf)
+        return dict(erase_loss=0.0, preserve_loss=0.0)
+
+    how = dict(steps=2, lr=0.1, rank=2)
+    lora = heal.tune(pipe, {}, learn, torch.ones(3), 1, state, None, **how)
+    assert lora.keys() == here.keys()
 
 
 def test_saved_and_loaded(pipe, healed, tmp_path):
@@ -443,7 +475,14 @@ def test_compose(pipe, request, tmp_path, capsys):
     assert all(torch.equal(gates, masks[1][site]) for site, gates in found.items())
     assert artefacts.erased_config(alone)["concept"] == ["knife"]
 
+    for name, about in dict(to_guns=dict(), second=dict(on="erased/x")).items():
+        shutil.copytree(parts[1], tmp_path / name)
+        config = json.loads((parts[1] / "config.json").read_text()) | dict(neutral="a gun") | about
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     dry = ["--dry_run", "--out_dir", tmp_path / "no"]
+    there = "/".join(("..", Path(both).parent.name, "both"))  # the same by another name
+    args = erase.parse_args([*map(str, ("--compose", both, parts[0], tmp_path / there))])
+    assert [part.name for part in args.compose] == ["gun", "knife"] and args.refit_rank == 128
     for line, wanted in (
         (["--compose", both, "--restore", "dog"], "--restore: none of the folders erases 'dog'"),
         (["--compose", both, "--concept", "gun"], "--concept: does not go with"),
@@ -451,6 +490,8 @@ def test_compose(pipe, request, tmp_path, capsys):
         (["--compose", both, "--steps", "9"], "--steps: does not go with --compose"),
         (["--compose", alone, "--restore", "knife"], "--restore: nothing is left to erase"),
         (["--compose", tmp_path], "no finished erased model"),
+        (["--compose", parts[0], tmp_path / "to_guns"], "every neutral prompt of 'knife' names"),
+        (["--compose", parts[0], tmp_path / "second"], "second stands on erased/x and has flags"),
         (["--concept", "gun", "--restore", "gun"], "--restore: goes with --compose"),
         ([], "the following arguments are required: --concept"),
     ):
