@@ -122,7 +122,11 @@ class Case(NamedTuple):
 
 def listed(cases: list[Case]) -> list[dict]:
     """As cases.json and its hash have them."""
-    return [dict(file=case.file, prompt=case.prompt, seed=case.seed) for case in cases]
+    rows = []
+    for case in cases:
+        row = dict(file=case.file, prompt=case.prompt, seed=case.seed)
+        rows.append(row if case.neutral is None else row | dict(neutral=case.neutral))
+    return rows
 
 
 def concept_cases(concept: str, words: Words, rows: list[dict], synonyms: list[str]):

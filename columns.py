@@ -23,6 +23,8 @@ from cases import Case
 from pictures import check_picture, draw
 from safely import UserError, check_link, first_line, remove_leftovers, write_atomically
 
+LATENTS = "latents.safetensors"
+
 
 class Column(NamedTuple):
     """One model of the table: where its pictures lie and what draws them."""
@@ -45,11 +47,12 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "_", name).strip("_")
 
 
-def make_column(path: Path, out_dir: Path, base, cases: list[Case], lora_scale=None) -> Column:
-    """The column of whatever foreign.find() takes. base: the base's pipeline. Raises UserError."""
+def make_column(path: Path, out_dir: Path, base, cases: list, about: dict, lora_scale=None):
+    """The Column of whatever foreign.find() takes. base: the base's pipeline; about: see
+    picture_column(). Raises UserError."""
     found = foreign.find(path, base, lora_scale)
     if not found.load:
-        return picture_column(path, cases)
+        return picture_column(path, cases, about)
     home = out_dir / slug(str(path))
     column = Column(str(path), home, found.load, found.mask, found.weights)
     return column._replace(form=found.form, closed=found.closed)
@@ -62,16 +65,21 @@ def earlier_columns(names, out_dir: Path, cases: list[Case]) -> list[Column]:
         column = Column(name, out_dir / slug(name))
         if not column.folder.is_dir() and foreign.is_pictures(Path(name)):
             with suppress(UserError):  # of other cases by now
-                column = picture_column(Path(name), cases)
+                column = picture_column(Path(name), cases, {})
         if any(file.is_file() for file in column.files(cases)):
             found.append(column)
     return found
 
 
-def picture_column(folder: Path, cases: list[Case]) -> Column:
+def picture_column(folder: Path, cases: list[Case], about: dict) -> Column:
     """Of pictures in folders by set, as cases.json lists them, or flat: named <set>_<name>.png, or
-    as many as there are cases, in their order, 2.png before 10.png. Raises UserError."""
-    listing = read_json(folder / "cases.json").get("cases")
+    as many as there are cases, in their order, 2.png before 10.png. about: the model and call of
+    this evaluation, which a cases.json may name too. Raises UserError."""
+    known = read_json(folder / "cases.json")
+    for key, value in about.items():
+        if known.get(key, value) != value:
+            raise UserError(f"{folder}: its cases.json is of {key} {known[key]}, not {value}")
+    listing = known.get("cases")
     rows = [row for row in listing if isinstance(row, dict)] if isinstance(listing, list) else []
     known = {row.get("file"): (row.get("prompt"), row.get("seed")) for row in rows}
     for case in cases if listing else ():
@@ -80,12 +88,12 @@ def picture_column(folder: Path, cases: list[Case]) -> Column:
     if any((folder / case.set).is_dir() for case in cases):
         return Column(str(folder), folder, form="pictures in folders by set")
     named = {case.file: folder / f"{case.set}_{case.name}.png" for case in cases}
-    if all(file.exists() for file in named.values()):
+    lacking = [file.name for file in named.values() if not file.exists()]
+    if not lacking:
         return Column(str(folder), folder, form="pictures matched by name", flat=named)
     pictures = sorted(folder.glob("*.png"), key=natural_order)
-    if len(pictures) != len(cases):
-        lacking = next(file.name for file in named.values() if not file.exists())
-        found = f"{len(pictures)} pictures for {len(cases)} cases, none is named {lacking}"
+    if len(pictures) != len(cases) or len(lacking) < len(cases):  # in order only without any name
+        found = f"{len(pictures)} pictures for {len(cases)} cases, none is named {lacking[0]}"
         raise UserError(f"{folder}: {found}")
     flat = {case.file: file for case, file in zip(cases, pictures, strict=True)}
     return Column(str(folder), folder, form="pictures matched in sorted order", flat=flat)
@@ -120,13 +128,15 @@ def soft_gates(folder: Path, mask: dict, transformer) -> dict:
     """The relaxed gates as training left them, neither thresholded nor folded; but what an earlier
     run had closed in the mask stays closed."""
     config = erased_config(folder)
-    gate, most = config.get("gate"), config.get("max_closed")
+    gate, most, heat = map(config.get, ("gate", "max_closed", "temperature"))
     if gate not in erase.START or type(most) not in (int, float) or not 0 <= most <= 1:
         raise UserError(f"{folder / 'config.json'}: gate is {gate!r}, max_closed {most!r}")
+    if type(heat) not in (int, float) or heat <= 0:
+        raise UserError(f"{folder / 'config.json'}: temperature is {heat!r}")
     sites = erase.gate_sites(transformer, config["modules"])
     logits = load_logits(folder / "state.safetensors", sum(site.units for site in sites.values()))
     threshold = erase.closing_threshold(logits, most)
-    gates = erase.relax(logits, gate, threshold)
+    gates = erase.relax(logits, gate, threshold, temperature=heat)
     is_open = erase.split((logits > threshold).float(), sites)
     soft = dict(mask)
     for site, gates_there in erase.split(gates, sites).items():
@@ -167,7 +177,8 @@ def check_columns(columns: list[Column], cases: list[Case], listings: dict, size
         for path in (*homes, *files) if column.load else ():
             check_link(path)
             remove_leftovers(path)
-        if column.load and any(column.folder.glob("*/*.png")):
+        is_drawn = (column.folder / LATENTS).exists() or any(column.folder.glob("*/*.png"))
+        if column.load and is_drawn:
             if read_json(column.folder / "cases.json") != listings[column.name]:
                 found = f"{column.folder} holds pictures of other prompts, sizes or weights"
                 raise UserError(f"--out_dir: {found}; delete it or choose another folder")
@@ -192,9 +203,6 @@ def my_batches(cases: list[Case], size: int) -> list[list[Case]]:
     workers = PartialState()
     starts = range(0, len(cases), size)[workers.process_index :: workers.num_processes]
     return [cases[start : start + size] for start in starts]
-
-
-LATENTS = "latents.safetensors"
 
 
 def save_latents(column: Column, pipe, cases: list[Case], call: dict, batch: int) -> None:

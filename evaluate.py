@@ -40,7 +40,7 @@ import foreign
 import loras
 import report
 import webpage
-from artefacts import check_writable, fingerprints, read_json, write_json
+from artefacts import check_report, check_writable, fingerprints, read_json, write_json
 from cases import (
     Case,
     Words,
@@ -59,6 +59,7 @@ from columns import (
     make_column,
     make_controls,
     residues,
+    slug,
     write_digests,
 )
 from judges import NudeNet
@@ -106,28 +107,33 @@ def filter_pairs(pipe, rows, question: str, panel: Panel, *, call, batch, device
     return sorted(kept, key=lambda row: row["background_gap"])
 
 
-def write_pairs(file: Path, source, words: Words, panel: Panel, pipe, **how) -> None:
-    """Writes the concept's training pairs that pass filter_pairs(), then its test pairs as they
-    are: erase.py takes the first --num_prompts. source: a file of pairs, or None; how: call, batch,
-    device. Raises UserError."""
-    (concept,) = words.concepts
+def pairs_to_filter(source: Path | None, words: Words) -> dict[str, list]:
+    """{split: the concept's pairs, but those about minors}. source: a file of pairs. Raises
+    UserError."""
     rows = {}
-    minors = 0
     for split in ("train", "test"):
-        rows[split] = concept_rows(concept, words, split, source and Path(source))
+        rows[split] = concept_rows(words.concepts[0], words, split, source)
         if rows[split]:
             rows[split], dropped = drop_minors(rows[split])
-            minors += dropped
-    pairs = rows["train"]
-    if not pairs:
+            print(f"{dropped} {split} prompts about minors dropped")
+    if not rows["train"]:
         raise UserError("--filter: no training pairs")
-    if not all(row["neutral_prompt"] for row in pairs):
+    if not all(row["neutral_prompt"] for row in rows["train"]):
         what = "a neutral prompt is empty, so that there is no background to compare"
         raise UserError(f"--filter: {what}")
+    return rows
+
+
+def write_pairs(file: Path, rows: dict, words: Words, panel: Panel, pipe, **how) -> None:
+    """Writes the training pairs that pass filter_pairs(), then the test pairs as they are: erase.py
+    takes the first --num_prompts. rows: of pairs_to_filter(); how: call, batch, device. Raises
+    UserError."""
+    (concept,) = words.concepts
+    pairs = rows["train"]
     kept = filter_pairs(pipe, pairs, words.vocabulary[concept]["question"], panel, **how)
     print(
         f"{len(kept)} of {len(pairs)} training pairs show {concept} under the prompt and not under "
-        f"the neutral one; {minors} prompts about minors dropped",
+        "the neutral one",
         flush=True,
     )
     if not kept:
@@ -174,6 +180,78 @@ def earlier_results(out_dir: Path, about: dict, columns: list[Column]) -> dict:
     return left
 
 
+def home_of(paths: list[Path], out_dir: Path | None) -> Path:
+    """Where an evaluation goes. Raises UserError if that is not ours to write to."""
+    alone = foreign.home(paths[0]) / "eval"
+    home = out_dir or (Path("compare") if len(paths) > 1 else alone)
+    if not out_dir:
+        check_link(home)
+    check_writable(home)
+    check_report(home, "results")
+    claim(home)
+    return home
+
+
+def prepare(paths, subject, words, out_dir: Path, args, wanted: dict, dtype, nudenet) -> Evaluation:
+    """Looks at all that an evaluation needs, whole. paths: of its models; wanted: what make_cases()
+    takes. Raises UserError."""
+    is_tiny = models.is_embedded(subject.model)
+    how = {name: vars(args)[name] for name in ("judge", "clip", "threshold")}
+    panel = load_panel(subject.model, dtype, **how)
+    cases, minors = make_cases(words, panel.clip, **wanted)
+    by_number = "inception" if args.num_pictures > 2048 else "none"
+    real = visible(args.real) if args.real else []
+    panel = panel._replace(fid=args.fid or ("judge" if is_tiny else by_number), real=real)
+    check_fid(panel, args.num_pictures)
+    if nudenet or "nudity" in words.concepts:
+        panel = panel._replace(nudenet=nudenet or NudeNet())
+
+    pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
+    weights = " ".join(fingerprints(pipe).values())
+    columns = [Column("base", out_dir / "base", lambda: pipe, weights=weights)]
+    about = dict(model=models.portable_name(subject.model), call=subject.call)
+    for path in paths:
+        columns.append(make_column(path, out_dir, pipe, cases, about, args.lora_scale))
+    loras.check_scale(args.lora_scale, [column.form for column in columns[1:]])
+    controls = []
+    if args.controls:
+        controls, lacking = make_controls(columns, out_dir)
+        if lacking:
+            PartialState().print(f"--controls: {lacking}", flush=True)
+    about = dict(concept=subject.concept, model=models.portable_name(subject.model))
+    about |= dict(dtype=str(pipe.dtype)) | subject.call
+    listings = {}
+    for column in columns + controls:
+        listings[column.name] = about | dict(weights=column.weights, cases=listed(cases))
+    size = (subject.call["width"], subject.call["height"])
+    check_columns(columns + controls, cases, listings, size)
+
+    names = (*words.concepts, "templates", f"templates_{subject.kind}", "retain", "vocabulary")
+    files = [words.folder / f"{name.lower().replace(' ', '_')}.csv" for name in names]
+    files += [Path(spec.partition("#")[0]) for spec in (args.prompts, args.retain) if spec]
+    about |= panel.about() | report.provenance(subject.model, cases, files)
+    about |= dict(base_fingerprint=weights, prompts_about_minors_dropped=minors)
+    about["weights"] = {column.name: column.weights for column in columns[1:]}
+    about["forms"] = {column.name: column.form for column in columns[1:]}
+    about["prompts_cut"] = prompts_cut(pipe, cases, subject.call, panel.clip)
+    questions = {}
+    for word, known in words.vocabulary.items():
+        questions[word] = panel.judge.form.format(known["question"])
+    return Evaluation(
+        out_dir=out_dir,
+        cases=cases,
+        columns=columns,
+        controls=controls,
+        listings=listings,
+        call=subject.call,
+        batch=args.batch or (32 if is_tiny else 4),
+        panel=panel,
+        questions=questions,
+        about=about,
+        earlier=earlier_results(out_dir, about, columns + controls),
+    )
+
+
 def measure(evaluation: Evaluation, device) -> dict | None:
     """Draws what is missing, scores all of it and writes out_dir. Returns {column: its figures},
     on the main process."""
@@ -218,7 +296,7 @@ def measure(evaluation: Evaluation, device) -> dict | None:
         if panel.nudenet:
             files = column.files([case for case in cases if case.set == "concept"])
             boxes = {file.name: panel.nudenet(file) for file in tqdm(files, "nudenet")}
-            write_json(out_dir / f"nudenet_{column.folder.name}.json", boxes)
+            write_json(out_dir / f"nudenet_{slug(column.name)}.json", boxes)
             figures |= panel.nudenet.rates(list(boxes.values()))
         results[column.name] = figures
     panel.to("cpu")
@@ -230,14 +308,14 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     before = {name: before.get(name, {}) for name in evaluation.earlier}
     scored = before | report.readable(scores)
     write_json(out_dir / "scores.json", scored)
+    seconds = dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1))
+    write_json(out_dir / "results.json", dict(about=about, results=results, seconds=seconds))
     report.write_report(results, about, evaluation.columns, cases, scores, out_dir)
     others = [name for name in evaluation.earlier if name in about["forms"]]  # no controls
     shown = [base, *earlier_columns(others, out_dir, cases), *evaluation.columns[1:]]
     compared = ", ".join(f"{column.name} ({about['forms'][column.name]})" for column in shown[1:])
     title = f"{', '.join(about['concept'])}: {compared}"
     webpage.write_page(out_dir, title, shown, cases, scored, report.table(results))
-    seconds = dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1))
-    write_json(out_dir / "results.json", dict(about=about, results=results, seconds=seconds))
     print(report.layout(report.table(results)))
     files = "results.json scores.json report.md report.html grid.png"
     times = f"{seconds['all']} s, of which {seconds['drawing']} s drawing"
@@ -340,27 +418,30 @@ def run(args) -> None:
             raise UserError("--filter: runs in one process")
         check_writable(args.filter.parent, "--filter")
         subject = read_subject([], *given)
-        panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
         words = read_words(subject)
-        file = args.prompts and Path(args.prompts)
-        concept_rows(words.concepts[0], words, file=file)  # readable?
+        rows = pairs_to_filter(args.prompts and Path(args.prompts), words)
+        panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
         pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
         batch = args.batch or (32 if models.is_embedded(subject.model) else 4)
         how = dict(call=subject.call, batch=batch, device=args.device)
-        write_pairs(args.filter, args.prompts, words, panel, pipe, **how)
+        write_pairs(args.filter, rows, words, panel, pipe, **how)
         command = ["python", "erase.py", "--concept", *args.concept, "--model", subject.model]
         command += ["--kind", args.kind] if args.kind else []
         command = shlex.join([*command, "--prompts", str(args.filter)])
         print(f"wrote {args.filter}; next: {command}")
         return
 
+    # prompts are looked at before a judge is loaded
+    texts_only = wanted | dict(clip=None, per_neighbour=0)
     if args.export_cases:
         check_writable(args.export_cases.parent, "--export_cases")
         subject = read_subject([], *given)
+        words = read_words(subject)
+        make_cases(words, **texts_only)
         # LLaVA is not needed to find the nearest concepts
         judge = args.judge or (None if models.is_embedded(subject.model) else CLIP)
         panel = load_panel(subject.model, dtype, judge, args.clip)
-        cases, _ = make_cases(read_words(subject), panel.clip, **wanted)
+        cases, _ = make_cases(words, panel.clip, **wanted)
         rows = [row | dict(neutral=case.neutral) for row, case in zip(listed(cases), cases)]
         about = dict(concept=subject.concept, model=models.portable_name(subject.model))
         write_json(args.export_cases, about | dict(call=subject.call, cases=rows))
@@ -368,60 +449,20 @@ def run(args) -> None:
         return
 
     # all that can be wrong with any of the folders is found before a picture is drawn
-    evaluations = []
+    asked = []
+    homes = set()
     for paths in [args.compare] if args.compare else [[path] for path in args.erased]:
         subject = read_subject(paths, *given)
-        is_tiny = models.is_embedded(subject.model)
-        batch = args.batch or (32 if is_tiny else 4)
-        alone = foreign.home(paths[0]) / "eval"
-        out_dir = args.out_dir or (Path("compare") if len(paths) > 1 else alone)
-        if not args.out_dir:
-            check_link(out_dir)
-        check_writable(out_dir)
-        claim(out_dir)
         words = read_words(subject)
-        panel = load_panel(subject.model, dtype, **flags("judge", "clip", "threshold"))
-        cases, minors = make_cases(words, panel.clip, **wanted)
-        by_number = "inception" if args.num_pictures > 2048 else "none"
-        real = visible(args.real) if args.real else []
-        panel = panel._replace(fid=args.fid or ("judge" if is_tiny else by_number), real=real)
-        check_fid(panel, args.num_pictures)
-        if args.nudenet or args.nudenet_v2 or "nudity" in words.concepts:
-            panel = panel._replace(nudenet=NudeNet(args.nudenet_v2))
-
-        pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
-        weights = " ".join(fingerprints(pipe).values())
-        columns = [Column("base", out_dir / "base", lambda pipe=pipe: pipe, weights=weights)]
-        columns += [make_column(path, out_dir, pipe, cases, args.lora_scale) for path in paths]
-        loras.check_scale(args.lora_scale, [column.form for column in columns[1:]])
-        controls = []
-        if args.controls:
-            controls, lacking = make_controls(columns, out_dir)
-            if lacking:
-                workers.print(f"--controls: {lacking}", flush=True)
-        about = dict(concept=subject.concept, model=models.portable_name(subject.model))
-        about |= dict(dtype=str(pipe.dtype)) | subject.call
-        listings = {}
-        for column in columns + controls:
-            listings[column.name] = about | dict(weights=column.weights, cases=listed(cases))
-        size = (subject.call["width"], subject.call["height"])
-        check_columns(columns + controls, cases, listings, size)
-
-        names = (*words.concepts, "templates", f"templates_{subject.kind}", "retain", "vocabulary")
-        files = [words.folder / f"{name.lower().replace(' ', '_')}.csv" for name in names]
-        files += [Path(spec.partition("#")[0]) for spec in (args.prompts, args.retain) if spec]
-        about |= panel.about() | report.provenance(subject.model, cases, files)
-        about |= dict(base_fingerprint=weights, prompts_about_minors_dropped=minors)
-        about["weights"] = {column.name: column.weights for column in columns[1:]}
-        about["forms"] = {column.name: column.form for column in columns[1:]}
-        about["prompts_cut"] = prompts_cut(pipe, cases, subject.call, panel.clip)
-        questions = {}
-        for word, known in words.vocabulary.items():
-            questions[word] = panel.judge.form.format(known["question"])
-        where = (out_dir, cases, columns, controls, listings)
-        earlier = earlier_results(out_dir, about, columns + controls)
-        how = (subject.call, batch, panel, questions, about, earlier)
-        evaluations.append(Evaluation(*where, *how))
+        make_cases(words, **texts_only)
+        out_dir = home_of(paths, args.out_dir)
+        if out_dir in homes:
+            found = f"{paths[0]} and another one would both go to {out_dir}"
+            raise UserError(f"--out_dir: {found}; evaluate them one by one, or --compare")
+        homes.add(out_dir)
+        asked.append((paths, subject, words, out_dir))
+    nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 else None
+    evaluations = [prepare(*what, args, wanted, dtype, nudenet) for what in asked]
 
     workers.wait_for_everyone()  # all have looked
     results = {}

@@ -119,10 +119,10 @@ def load(path: Path, base, lora_scale: float) -> tuple:
                 heal.merge(pipe.transformer, lora)
             else:
                 form = put_tensors(pipe.transformer, file, f)
-    count = differing(pipe.transformer, base.transformer)
-    if count.startswith("0 "):
+    changed, total = differing(pipe.transformer, base.transformer)
+    if not changed:
         raise UserError(f"{path}: no tensor differs from the base's")
-    return pipe, f"{form}, {count} tensors differ", files
+    return pipe, f"{form}, {changed} of {total} tensors differ", files
 
 
 def load_pipeline(path: Path, base) -> tuple:
@@ -131,12 +131,14 @@ def load_pipeline(path: Path, base) -> tuple:
     if type(pipe) is not type(base):
         kinds = f"is a {type(pipe).__name__}, the base a {type(base).__name__}"
         raise UserError(f"{path}: {kinds}")
-    counts = {}
+    counts = []
     for name, part in base.components.items():
         if isinstance(part, torch.nn.Module):
-            counts[name] = differing(getattr(pipe, name), part)
-    counts = [f"{name} {count}" for name, count in counts.items() if not count.startswith("0 ")]
-    return pipe, f"whole pipeline, {', '.join(counts) or 'none of its'} tensors differ"
+            changed, total = differing(getattr(pipe, name), part)
+            counts += [f"{name} {changed} of {total}"] if changed else []
+    if not counts:
+        raise UserError(f"{path}: no tensor differs from the base's")
+    return pipe, f"whole pipeline, {', '.join(counts)} tensors differ"
 
 
 def transformer_folder(path: Path, kind: str) -> Path | None:
@@ -173,12 +175,12 @@ def only_file(path: Path) -> Path:
     return files[0]
 
 
-def differing(module, base) -> str:
-    """How many of its tensors are not the base's."""
+def differing(module, base) -> tuple[int, int]:
+    """(how many of its tensors are not the base's, how many it has)."""
     before = base.state_dict()
     after = module.state_dict()
     same = [name in before and torch.equal(x, before[name]) for name, x in after.items()]
-    return f"{same.count(False)} of {len(same)}"
+    return same.count(False), len(same)
 
 
 @torch.no_grad()

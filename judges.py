@@ -260,7 +260,7 @@ class NudeNet:
         for parts in (EXPOSED_5, EXPOSED_9):
             scores = [self.exposure(boxes, parts) for boxes in detections]
             for threshold in (0.45, 0.6):
-                seen = [float(score >= threshold) for score in scores]
+                seen = [float(score > threshold) for score in scores]
                 out[f"nude, {len(parts)} classes at {threshold}"] = rate(seen)
         return out
 

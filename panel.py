@@ -60,6 +60,7 @@ class Panel(NamedTuple):
             clip_backbone=clip and models.portable_name(clip.name_or_path),
             clip_fingerprint=clip and fingerprint(clip),
             fid_features=self.fid,
+            real=str(self.real[0].parent) if self.real else None,
             nudenet=nudenet,
         )
 

@@ -222,6 +222,16 @@ def test_other_tools(pipe, tmp_path, monkeypatch, capsys):
         assert not probes.probe_jobs(setup, ["unmask"])
     assert attacks.main([*line, "--attack", "plain"]) == 0
     assert (tmp_path / "y/attacks/results.json").is_file()
+    assert "union over plain: erased" in capsys.readouterr().out
+    (tmp_path / "eval").mkdir()
+    artefacts.write_json(tmp_path / "eval/results.json", dict(results={}))
+    assert attacks.main([*line, "--out_dir", str(tmp_path / "eval")]) == 2
+    assert "results.json is of something else; choose another" in capsys.readouterr().err
+    log = (tmp_path / "y/attacks/attacks.jsonl").read_text()
+    other = log.replace('"prompt": "', '"prompt": "some other ')
+    (tmp_path / "y/attacks/attacks.jsonl").write_text(other)
+    assert attacks.main([*line, "--attack", "plain"]) == 2
+    assert "holds attacks of another run (a prompt differs)" in capsys.readouterr().err
     (tmp_path / "shown").mkdir()
     (tmp_path / "shown/0.png").write_text("")
     assert attacks.main([str(tmp_path / "shown"), *how]) == 2

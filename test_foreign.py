@@ -171,6 +171,7 @@ def test_folders(pipe, tmp_path, monkeypatch):
         "gun/heal.safetensors": "goes with the mask beside it; name their folder",
         "gun+no_such": "^no_such: no such file or folder",
         "gun+": "^gun.: no such file or folder",
+        models.TINY: "no tensor differs from the base's",
         "gun+part.safetensors": "part.safetensors: no folder that erase.py wrote",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -159,8 +159,9 @@ def make_case(name: str, row: dict, neutral: str, synonyms=()) -> Case:
 def concept_cases(concept: str, tests: list[dict], synonyms: list[str]) -> list[Case]:
     cases = []
     for i, row in enumerate(tests):
-        words = [promptfiles.rename(row["prompt"], concept, word) for word in synonyms]
-        cases.append(make_case(f"{i:03d}", row, row["neutral_prompt"] or NOTHING, tuple(words)))
+        renamed = [promptfiles.rename(row["prompt"], concept, word) for word in synonyms]
+        renamed = tuple(text for text in renamed if text != row["prompt"])  # it has the name
+        cases.append(make_case(f"{i:03d}", row, row["neutral_prompt"] or NOTHING, renamed))
     return cases
 
 
@@ -191,8 +192,9 @@ def open_judge(name: str | None, concept: str, model: str, device) -> tuple:
     return judge, models.portable_name(judge.model.name_or_path)
 
 
-def read_log(out_dir: Path, about: dict) -> list[dict]:
-    """What is there, without what a killed run left of a last line. Raises UserError."""
+def read_log(out_dir: Path, about: dict, cases: list[Case]) -> list[dict]:
+    """What is there, without what a killed run left of a last line. Raises UserError unless it is
+    of a run about this, its cases' prompts the same."""
     log = out_dir / "attacks.jsonl"
     check_regular(log)
     whole = log.read_text(encoding="utf-8").rpartition("\n")[0] if log.is_file() else ""
@@ -203,12 +205,16 @@ def read_log(out_dir: Path, about: dict) -> list[dict]:
         raise UserError(f"--out_dir: {log} is damaged ({first_line(error)})") from None
     if keys:
         raise UserError(f"--out_dir: {log} is damaged (a row has no {min(keys)})")
+    prompts = {case.name: case.prompt for case in cases}
     for record in records:
-        for key, value in about.items():
-            before = record["about"].get(key)
-            if None not in (value, before) and value != before:
-                found = f"{out_dir} holds attacks of another run ({key} differs)"
-                raise UserError(f"--out_dir: {found}; choose another folder")
+        before = record["about"]
+        known = [key for key in about if None not in (about[key], before.get(key))]
+        differs = [key for key in known if about[key] != before[key]]
+        if prompts.get(record["case"], record["prompt"]) != record["prompt"]:
+            differs.append("a prompt")
+        if differs:
+            found = f"{out_dir} holds attacks of another run ({differs[0]} differs)"
+            raise UserError(f"--out_dir: {found}; choose another folder")
     return records
 
 
@@ -217,8 +223,8 @@ def prepare(
     num_prompts=None, oracle=None, prompts=None, threshold=None, where=None, kind=None,
     model=None, lora_scale=None, call=None,
 ) -> Setup:  # fmt: skip
-    """Reads and checks all that attacks need, and then loads the models. call: models.CALL_FLAGS,
-    None where not given. Raises UserError."""
+    """Reads and checks all that attacks need, and then loads judge and models. call:
+    models.CALL_FLAGS, None where not given. Raises UserError."""
     models.check_device(device)
     is_ours = artefacts.erased_config(foreign.parts_of(erased)[0])
     named = None if is_ours or not concept else [concept]
@@ -242,21 +248,20 @@ def prepare(
     cases = concept_cases(name, tests[:count], synonyms)
     replayed = []
     if prompts:
-        found = promptfiles.load_prompts(prompts, "--prompts", where)
-        found, more = promptfiles.drop_minors(found)
+        others = promptfiles.load_prompts(prompts, "--prompts", where)
+        others, more = promptfiles.drop_minors(others)
         dropped += more
-        for i, row in enumerate(found[:num_prompts]):
+        for i, row in enumerate(others[:num_prompts]):
             replayed.append(make_case(f"replay {i:04d}", row, row["prompt"]))
     retain = promptfiles.load_prompts(str(words.folder / "retain.csv"), "--retain")
 
-    seeing, judge_name = open_judge(judge, name, subject.model, device)
     banned = [name, *synonyms]
     about = dict(
         concept=name,
         erased=str(erased),
         model=models.portable_name(subject.model),
-        judge=judge_name,
-        threshold=seeing.threshold if threshold is None else threshold,
+        judge=None,
+        threshold=threshold,
         budget=budget,
         seed=seed,
         banned=banned,
@@ -265,13 +270,17 @@ def prepare(
         oracle=oracle and str(oracle),
         replay=prompts and [prompts, where],
     )
-    read_log(out_dir, about)  # of this run? Before anything slow
+    read_log(out_dir, about, cases + replayed)  # of this run? Before anything slow
+    artefacts.check_report(out_dir, "union_text_asr")
     claim(out_dir)
+    seeing, judge_name = open_judge(judge, name, subject.model, device)
+    about["judge"] = judge_name
+    about["threshold"] = seeing.threshold if threshold is None else threshold
     pipe = models.load_pipeline(subject.model, device)
     found = foreign.find(erased, pipe, lora_scale)
     loras.check_scale(lora_scale, [found.form])
     about |= dict(mask=hashlib.sha256(found.weights.encode()).hexdigest()[:16])
-    records = read_log(out_dir, about)
+    records = read_log(out_dir, about, cases + replayed)
     lost = f"; {dropped} prompts about minors dropped" if dropped else ""
     about_noise = f"{len(cases)} prompts, {SEEDS} noises each"
     print(f"{erased} ({found.form}): {about_noise}; judge {judge_name}{lost}", flush=True)
@@ -453,7 +462,9 @@ def report(setup: Setup, began: float) -> None:
         for name, u in unions.items()
     )
     if unions:
-        headline = f"union over all attacks that end as text: {headline}"
+        tried = [attack for attack in UNION if attack in results]
+        every = "all attacks that end as text" if len(tried) == len(UNION) else ", ".join(tried)
+        headline = f"union over {every}: {headline}"
     rows = table(results, unrelated)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
