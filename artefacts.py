@@ -379,14 +379,17 @@ def run_config(flags: dict, call: dict) -> dict:
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     model, revision = models.address(models.portable_name(flags["model"]))
     config |= dict(model=model, revision=revision, call=call)
+    vocabulary = promptfiles.known_words(models.prompt_folder(model))
+    kinds = promptfiles.kinds_of(flags["concept"], flags["kind"], vocabulary)
+    kinds = {name: kind for name, kind in kinds.items() if kind}
     if flags["on"]:  # a second run: both concepts are gone, and the same mask is to be there again
         folder = Path(models.local_name(flags["on"]))
         before = read_config(folder)
         config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
-        kinds = {flags["kind"], before.get("kind")} - {None}  # of two kinds neither is that of all
-        config["kind"] = kinds.pop() if len(kinds) == 1 else None
+        kinds = kinds_in([before]) | kinds
         config["heal"] = max(flags["heal"], before.get("heal", 0))
         config["on_mask"] = digest(folder / "mask.safetensors")
+    config["kind"] = kinds or None
     del config["compose"], config["restore"]
     if flags["compose"]:
         parts = {
@@ -396,6 +399,15 @@ def run_config(flags: dict, call: dict) -> dict:
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)
+
+
+def kinds_in(configs: list[dict]) -> dict:
+    """{concept: its kind} as runs recorded it, of concepts that no vocabulary has."""
+    kinds = {}
+    for config in configs:
+        kind = config.get("kind") or {}
+        kinds |= dict.fromkeys(config["concept"], kind) if isinstance(kind, str) else kind
+    return kinds
 
 
 def read_json(file: Path) -> dict:
@@ -433,6 +445,10 @@ def erased_config(folder: Path) -> dict:
             raise UserError(f"{where} modules: {name!r} is none of {', '.join(MODULES)}")
     if config.get("heal", 0) not in (0, 1):
         raise UserError(f"{where} heal is {config['heal']!r}, not 0 or 1")
+    kind = config.get("kind")
+    words = [*kind.values(), *kind] if isinstance(kind, dict) else [kind or ""]
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where} kind is {kind!r}")
     if not isinstance(model, str) or not model.strip() or not model.isprintable():
         raise UserError(f"{where} model is {model!r}")
     models.check_call(config.get("call"), f"{where} call")
@@ -451,13 +467,12 @@ def check_writable(folder: Path, flag: str = "--out_dir") -> None:
         raise UserError(f"{flag}: {home} is not ours to write to")
 
 
-def check_report(folder: Path, key: str) -> None:
-    """Raises UserError unless the results in the folder, if any, are those of the script whose
-    results.json has this key: what is there would be overwritten."""
-    results = folder / "results.json"
-    for file in (results, folder / "report.md"):
+def check_report(folder: Path, key: str, names) -> None:
+    """Raises UserError for files of these names, which would be overwritten, unless they are of the
+    script whose results.json has this key."""
+    for file in (folder / name for name in names):
         check_link(file)
-        if file.exists() and key not in read_json(results):
+        if file.exists() and key not in read_json(folder / "results.json"):
             raise UserError(f"--out_dir: {file} is of something else; choose another folder")
 
 
@@ -484,9 +499,12 @@ def check_disk(out_dir: Path, form: str, sizes: dict, of_lora: int) -> None:
     written = dict(mask=0, pipeline=sizes["all"]).get(form, sizes["transformer"]) + 2**26 + of_lora
     if of_cache[0] == of_out_dir[0]:
         written += sizes["download"]
+    advice = "--save mask needs little"
+    if form == "mask":
+        advice = "smaller --heal_rank and --refit_rank need less"
     for flag, needed, free, advice in (
         ("--model", sizes["download"], of_cache[1], f"HF_HOME names another disk than {cache}"),
-        ("--out_dir", written, of_out_dir[1], "--save mask needs little"),
+        ("--out_dir", written, of_out_dir[1], advice),
     ):
         if free < needed:
             found = f"{free / 2**30:.2f} GiB free, {needed / 2**30:.2f} needed"
@@ -517,7 +535,8 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others:
     claim(out_dir)
     sizes = models.stored_bytes(models.recorded(config), transformer, others)
     of_lora = 0
-    if config.get("heal"):  # in fp32: the state's three numbers each, written beside the old one
+    if config.get("heal"):  # in fp32
         of_lora = 4 * heal.size_of(transformer, config["refit_rank"])
+    if config.get("heal") and config["heal_steps"]:  # 3 numbers each, written beside the old ones
         of_lora += 2 * 3 * 4 * heal.size_of(transformer, config["heal_rank"])
     check_disk(out_dir, config["save"], sizes, of_lora)

@@ -282,10 +282,10 @@ def run(args) -> None:
     if args.dry_run:
         print(json.dumps(config, indent=1))
         return
-    drawn = artefacts.read_json(args.out_dir / "cases.json") if args.resume else {}
+    open_folder(args.out_dir, config, args.resume)
+    drawn = artefacts.read_json(args.out_dir / "cases.json")
     if drawn and drawn != listing:
         raise UserError(f"--resume: {args.out_dir} has pictures of other cases than {args.cases}")
-    open_folder(args.out_dir, config, args.resume)
     artefacts.write_json(args.out_dir / "config.json", config)
 
     pipe = models.load_pipeline(args.model, args.device)
@@ -314,7 +314,8 @@ def run(args) -> None:
 
 def make_lab(model: Model, args, rows, folder: Path) -> methods.Lab:
     vocabulary = promptfiles.known_words(folder)
-    kinds = {name: promptfiles.kind_of(name, args.kind, vocabulary) for name in args.concept}
+    kinds = promptfiles.kinds_of(args.concept, args.kind, vocabulary)
+    kinds = {name: promptfiles.kind_of(name, kinds[name], vocabulary) for name in args.concept}
     words = {}
     for word, about in vocabulary.items():
         if not promptfiles.names_any(args.concept, word):

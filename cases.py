@@ -1,7 +1,9 @@
 """Which pictures an evaluation draws, and what its judge is asked about each. No model but for
 texts: the nearest concepts are found by a CLIP's."""
 
+import hashlib
 import inspect
+import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +13,14 @@ import models  # first: it keeps transformers quiet
 # isort: split
 from diffusers import FluxPipeline
 
-from artefacts import erased_config
+from artefacts import erased_config, kinds_in
 from foreign import parts_of
 from promptfiles import (
     concept_pairs,
     cycle,
     drop_minors,
+    kinds_of,
+    known_words,
     load_prompts,
     mentions,
     named,
@@ -36,7 +40,7 @@ class Subject(NamedTuple):
     concept: list[str]
     model: str
     call: dict  # what pipe(...) takes
-    kind: str | None = None  # of a concept that no vocabulary has
+    kind: str | dict | None = None  # see promptfiles.kinds_of()
 
 
 def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> Subject:
@@ -51,7 +55,8 @@ def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> S
                 raise UserError(f"{part}: no mask.safetensors, so no finished erased model")
         if found[0] and not config:
             concepts = [name for known in found for name in known.get("concept", [])]
-            config = found[0] | dict(concept=list(dict.fromkeys(concepts)))
+            kinds = kinds_in([known for known in found if known])
+            config = found[0] | dict(concept=list(dict.fromkeys(concepts)), kind=kinds)
     concept = concept or config.get("concept")
     model = model or models.recorded(config)
     for flag, value in (("concept", concept), ("model", model)):
@@ -70,7 +75,7 @@ class Words(NamedTuple):
     concepts: list[str]  # as the vocabulary spells them
     vocabulary: dict  # {word: {kind, question, synonyms}}
     folder: Path  # prompt files
-    kind: str | None = None  # of a concept that no vocabulary has
+    kinds: dict = {}  # {concept that no vocabulary has: its kind}
 
     def others(self, prompt: str, kind: str) -> list[str]:
         """Words of that kind which the prompt names beside the concepts."""
@@ -80,13 +85,14 @@ class Words(NamedTuple):
 
 def read_words(subject: Subject) -> Words:
     folder = models.prompt_folder(subject.model)
-    known = read_vocabulary(folder, subject.concept, subject.kind)
-    return Words(*known, folder, subject.kind)
+    spelled, vocabulary = read_vocabulary(folder, subject.concept, subject.kind)
+    kinds = kinds_of(subject.concept, subject.kind, known_words(folder)).values()
+    return Words(spelled, vocabulary, folder, dict(zip(spelled, kinds, strict=True)))
 
 
 def concept_rows(concept: str, words: Words, split: str = "test", file=None) -> list[dict]:
     """The concept's prompt pairs of one split, from `file`, its own file or templates."""
-    kind = words.kind if concept in words.concepts else None
+    kind = words.kinds.get(concept)
     return of_split(concept_pairs(concept, words.folder, file=file, kind=kind), split)
 
 
@@ -122,11 +128,13 @@ class Case(NamedTuple):
 
 def listed(cases: list[Case]) -> list[dict]:
     """As cases.json and its hash have them."""
-    rows = []
-    for case in cases:
-        row = dict(file=case.file, prompt=case.prompt, seed=case.seed)
-        rows.append(row if case.neutral is None else row | dict(neutral=case.neutral))
-    return rows
+    return [dict(file=case.file, prompt=case.prompt, seed=case.seed) for case in cases]
+
+
+def neutral_digest(cases: list[Case]) -> str:
+    """Of the neutral prompts, which are drawn for the residue alone."""
+    texts = [case.neutral for case in cases if case.neutral is not None]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def concept_cases(concept: str, words: Words, rows: list[dict], synonyms: list[str]):
@@ -185,9 +193,6 @@ def make_cases(
         found.append(("retain", row, asks))
 
     near = []
-    if per_neighbour and not clip:
-        advice = "add --per_neighbour 0"
-        raise UserError(f"--clip none: the nearest concepts are found by its texts; {advice}")
     if per_neighbour:
         for concept in words.concepts:
             near += nearest_words(concept, words, clip)

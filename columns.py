@@ -12,14 +12,14 @@ import models  # first: it keeps transformers quiet
 # isort: split
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import erase
 import foreign
 from artefacts import digest, erased_config, read_json, write_json
-from cases import Case
+from cases import Case, neutral_digest
 from pictures import check_picture, draw
 from safely import UserError, check_link, first_line, remove_leftovers, write_atomically
 
@@ -47,39 +47,38 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "_", name).strip("_")
 
 
-def make_column(path: Path, out_dir: Path, base, cases: list, about: dict, lora_scale=None):
-    """The Column of whatever foreign.find() takes. base: the base's pipeline; about: see
-    picture_column(). Raises UserError."""
+def make_column(path: Path, out_dir: Path, base, cases: list, call: dict, lora_scale=None):
+    """The Column of whatever foreign.find() takes. base: the base's pipeline; call: the sampler's
+    arguments. Raises UserError."""
     found = foreign.find(path, base, lora_scale)
     if not found.load:
-        return picture_column(path, cases, about)
+        return picture_column(path, cases, call)
     home = out_dir / slug(str(path))
     column = Column(str(path), home, found.load, found.mask, found.weights)
     return column._replace(form=found.form, closed=found.closed)
 
 
-def earlier_columns(names, out_dir: Path, cases: list[Case]) -> list[Column]:
+def earlier_columns(names, out_dir: Path, cases: list[Case], call: dict) -> list[Column]:
     """Those of earlier evaluations in out_dir of which pictures are still there."""
     found = []
     for name in names:
         column = Column(name, out_dir / slug(name))
         if not column.folder.is_dir() and foreign.is_pictures(Path(name)):
             with suppress(UserError):  # of other cases by now
-                column = picture_column(Path(name), cases, {})
+                column = picture_column(Path(name), cases, call)
         if any(file.is_file() for file in column.files(cases)):
             found.append(column)
     return found
 
 
-def picture_column(folder: Path, cases: list[Case], about: dict) -> Column:
+def picture_column(folder: Path, cases: list[Case], call: dict) -> Column:
     """Of pictures in folders by set, as cases.json lists them, or flat: named <set>_<name>.png, or
-    as many as there are cases, in their order, 2.png before 10.png. about: the model and call of
-    this evaluation, which a cases.json may name too. Raises UserError."""
-    known = read_json(folder / "cases.json")
-    for key, value in about.items():
-        if known.get(key, value) != value:
-            raise UserError(f"{folder}: its cases.json is of {key} {known[key]}, not {value}")
-    listing = known.get("cases")
+    as many as there are cases, in their order, 2.png before 10.png. call: the sampler's arguments,
+    which a cases.json may say too. Raises UserError."""
+    told = read_json(folder / "cases.json")
+    if told.get("call", call) != call:
+        raise UserError(f"{folder}: its cases.json is of the call {told['call']}, not {call}")
+    listing = told.get("cases")
     rows = [row for row in listing if isinstance(row, dict)] if isinstance(listing, list) else []
     known = {row.get("file"): (row.get("prompt"), row.get("seed")) for row in rows}
     for case in cases if listing else ():
@@ -177,8 +176,7 @@ def check_columns(columns: list[Column], cases: list[Case], listings: dict, size
         for path in (*homes, *files) if column.load else ():
             check_link(path)
             remove_leftovers(path)
-        is_drawn = (column.folder / LATENTS).exists() or any(column.folder.glob("*/*.png"))
-        if column.load and is_drawn:
+        if column.load and any(column.folder.glob("*/*.png")):
             if read_json(column.folder / "cases.json") != listings[column.name]:
                 found = f"{column.folder} holds pictures of other prompts, sizes or weights"
                 raise UserError(f"--out_dir: {found}; delete it or choose another folder")
@@ -207,7 +205,7 @@ def my_batches(cases: list[Case], size: int) -> list[list[Case]]:
 
 def save_latents(column: Column, pipe, cases: list[Case], call: dict, batch: int) -> None:
     """The final latents (N, ...) of the concept prompts; the base's of their neutral prompts too,
-    from the same noise."""
+    from the same noise, with their digest."""
     paired = [case for case in cases if case.neutral is not None]
     prompts = dict(concept=[case.prompt for case in paired])
     if column.name == "base":
@@ -221,7 +219,20 @@ def save_latents(column: Column, pipe, cases: list[Case], call: dict, batch: int
             with torch.no_grad():
                 parts.append(erase.rollout(pipe, texts[part], seeds, **call).cpu())
         latents[name] = torch.cat(parts)
-    write_atomically(column.folder / LATENTS, lambda path: save_file(latents, path))
+    about = dict(neutral=neutral_digest(cases))
+    write_atomically(column.folder / LATENTS, lambda path: save_file(latents, path, about))
+
+
+def has_latents(column: Column, cases: list[Case]) -> bool:
+    """Whether they are there; the base's are of these very neutral prompts."""
+    file = column.folder / LATENTS
+    if not file.exists() or column.name != "base":
+        return file.exists()
+    try:
+        with safe_open(file, "pt") as f:
+            return (f.metadata() or {}).get("neutral") == neutral_digest(cases)
+    except (SafetensorError, OSError):
+        return True  # residues() says what is wrong with it
 
 
 def residues(column: Column, base: Column, cases: list[Case]) -> dict:
@@ -258,7 +269,7 @@ def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, devi
         if column.load and not all(file.exists() for file in column.files(part)):
             todo.append(part)
     paired = [case for case in cases if case.neutral is not None]
-    lacks_latents = column.load and paired and not (column.folder / LATENTS).exists()
+    lacks_latents = column.load and paired and not has_latents(column, cases)
     is_first = PartialState().is_main_process
     if todo or (lacks_latents and is_first):
         pipe = column.load()

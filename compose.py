@@ -33,9 +33,7 @@ def parts_of(folders: list[Path], restore=()) -> list[Path]:
         mask = folder / "mask.safetensors"
         if not config or not mask.is_file():
             raise UserError(f"--compose: {folder}: no finished erased model")
-        if config.get("on") and any(config.get(flag) for flag in ("prompts", "kind", "neutral")):
-            found = f"{folder} stands on {config['on']} and has flags for its own concept alone"
-            raise UserError(f"--compose: {found}; erase that from the base, then compose both")
+        check_prompts(folder, config)
         for name, known in config.get("parts", {}).items():
             file = Path(models.local_name(name)) / "mask.safetensors"
             if not file.is_file() or artefacts.digest(file) != known:
@@ -58,6 +56,18 @@ def parts_of(folders: list[Path], restore=()) -> list[Path]:
     return [folder for folder, _ in parts.values()]
 
 
+def check_prompts(folder: Path, config: dict) -> None:
+    """Raises UserError for a run on top of another, where one had other prompts than its words
+    give: they are recorded of the last alone."""
+    runs = [config]
+    while runs[-1].get("on"):
+        runs.append(artefacts.read_config(Path(models.local_name(runs[-1]["on"]))))
+    has_own = [run.get("prompts") or run.get("neutral") is not None for run in runs]
+    if len(runs) > 1 and any(has_own):
+        found = f"{folder} stands on {config['on']}, and one of them has prompts of its own"
+        raise UserError(f"--compose: {found}; erase each from the base, then compose both")
+
+
 def fill(args) -> None:
     """What the parts say takes the place of --concept, --model, --modules and --steps."""
     for flag in ("concept", "kind", "neutral", "prompts", "model", "modules", "steps"):
@@ -72,6 +82,7 @@ def fill(args) -> None:
     args.model = next(iter(bases))
     args.concept = list(dict.fromkeys(name for config in configs for name in config["concept"]))
     args.modules = list(dict.fromkeys(name for config in configs for name in config["modules"]))
+    args.kind = artefacts.kinds_in(configs) or None
     args.steps = 0
     usual = dict(heal=1, heal_steps=0, refit_rank=64 * len(args.compose))
     for flag, value in usual.items():
@@ -85,7 +96,8 @@ def rows_of_parts(args, folder: Path) -> list[promptfiles.Rows]:
     found = []
     for part in args.compose:
         config = artefacts.read_config(part)
-        known = {name: config.get(name) for name in ("concept", "kind", "neutral", "prompts")}
+        known = {name: config.get(name) for name in ("concept", "neutral", "prompts")}
+        known["kind"] = artefacts.kinds_in([config])
         if known["prompts"]:
             known["prompts"] = Path(known["prompts"])
         known["num_prompts"] = args.num_prompts or config.get("num_prompts")

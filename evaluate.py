@@ -15,12 +15,10 @@ the concept. Every rate comes with its n and 95 % Wilson interval, base and eras
 Pictures are kept as PNG; the same command draws only what is missing. `torchrun --nproc_per_node 2
 evaluate.py ...` splits the drawing and the judging over processes.
 
-cases.py says which pictures there are, columns.py who draws them, panel.py who looks at them, and
-report.py what became of it.
+cases.py says which pictures there are, columns.py who draws them, panel.py who looks at them,
+report.py what became of it; pairfilter.py is --filter.
 """
 
-import csv
-import io
 import json
 import shlex
 import sys
@@ -43,8 +41,8 @@ import webpage
 from artefacts import check_report, check_writable, fingerprints, read_json, write_json
 from cases import (
     Case,
+    Subject,
     Words,
-    concept_rows,
     listed,
     make_cases,
     prompts_cut,
@@ -63,9 +61,9 @@ from columns import (
     write_digests,
 )
 from judges import NudeNet
-from panel import AT_ONCE, CLIP, LLAVA, Panel, check_fid, judged, likeness, load_panel
-from pictures import draw
-from promptfiles import COLUMNS, add_kind, drop_minors
+from pairfilter import pairs_to_filter, write_pairs
+from panel import CLIP, LLAVA, Panel, check_fid, judged, likeness, load_panel
+from promptfiles import add_kind
 from safely import (
     Parser,
     UserError,
@@ -74,77 +72,10 @@ from safely import (
     exit_code,
     number,
     visible,
-    write_atomically,
 )
 
 load_base = cache(models.load_pipeline)  # one for all folders
-
-
-def filter_pairs(pipe, rows, question: str, panel: Panel, *, call, batch, device) -> list[dict]:
-    """The rows that pass the paper's filter of prompt pairs, by the base's pictures: the judge must
-    see the concept under the prompt and not under the neutral one; and the backgrounds must agree,
-    by the CLIP scores of both pictures with the neutral prompt. The paper's limit on that is not
-    known: rows come in the order of agreement, best first (background_gap)."""
-    count = len(rows)
-    prompts = [row["prompt"] for row in rows] + [row["neutral_prompt"] for row in rows]
-    neutrals = prompts[count:] * 2
-    seeds = [row["evaluation_seed"] for row in rows] * 2
-    drawn = draw(pipe.to(device), prompts, seeds, batch, **call)
-    pipe.to("cpu")
-    panel.to(device)
-    seen = []
-    scores = []
-    for start in range(0, len(drawn), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        answers = panel.judge(drawn[part], [[question]] * len(drawn[part]))
-        seen += [score > panel.threshold for (score,) in answers]
-        scores += panel.clip.similarity(drawn[part], neutrals[part]).tolist()
-    kept = []
-    for i, row in enumerate(rows):
-        if seen[i] and not seen[count + i]:
-            gap = abs(scores[i] - scores[count + i])
-            kept.append(row | dict(background_gap=round(gap, 4)))
-    return sorted(kept, key=lambda row: row["background_gap"])
-
-
-def pairs_to_filter(source: Path | None, words: Words) -> dict[str, list]:
-    """{split: the concept's pairs, but those about minors}. source: a file of pairs. Raises
-    UserError."""
-    rows = {}
-    for split in ("train", "test"):
-        rows[split] = concept_rows(words.concepts[0], words, split, source)
-        if rows[split]:
-            rows[split], dropped = drop_minors(rows[split])
-            print(f"{dropped} {split} prompts about minors dropped")
-    if not rows["train"]:
-        raise UserError("--filter: no training pairs")
-    if not all(row["neutral_prompt"] for row in rows["train"]):
-        what = "a neutral prompt is empty, so that there is no background to compare"
-        raise UserError(f"--filter: {what}")
-    return rows
-
-
-def write_pairs(file: Path, rows: dict, words: Words, panel: Panel, pipe, **how) -> None:
-    """Writes the training pairs that pass filter_pairs(), then the test pairs as they are: erase.py
-    takes the first --num_prompts. rows: of pairs_to_filter(); how: call, batch, device. Raises
-    UserError."""
-    (concept,) = words.concepts
-    pairs = rows["train"]
-    kept = filter_pairs(pipe, pairs, words.vocabulary[concept]["question"], panel, **how)
-    print(
-        f"{len(kept)} of {len(pairs)} training pairs show {concept} under the prompt and not under "
-        "the neutral one",
-        flush=True,
-    )
-    if not kept:
-        raise UserError("--filter: no pair passes")
-    columns = (*COLUMNS, "background_gap")
-    form = dict(restval="", extrasaction="ignore", lineterminator="\n")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, **form)
-    writer.writeheader()
-    writer.writerows(kept + rows["test"])
-    write_atomically(file, lambda path: path.write_text(text.getvalue(), "utf-8"))
+WRITTEN = ("results.json", "scores.json", "report.md", "report.html", "grid.png")
 
 
 class Evaluation(NamedTuple):
@@ -174,6 +105,8 @@ def earlier_results(out_dir: Path, about: dict, columns: list[Column]) -> dict:
     for key in sorted(before.keys() | about.keys() if left else ()):
         if key in ("weights", "forms"):
             about[key] = before.get(key, {}) | about[key]
+        elif key == "neutral_sha256" and key not in before:  # of a version without
+            continue
         elif before.get(key) != about.get(key):
             what = f"{out_dir} has results of {min(left)} whose {key} is another"
             raise UserError(f"--out_dir: {what}; delete it or choose another folder")
@@ -187,12 +120,22 @@ def home_of(paths: list[Path], out_dir: Path | None) -> Path:
     if not out_dir:
         check_link(home)
     check_writable(home)
-    check_report(home, "results")
+    check_report(home, "results", WRITTEN)
     claim(home)
     return home
 
 
-def prepare(paths, subject, words, out_dir: Path, args, wanted: dict, dtype, nudenet) -> Evaluation:
+def prepare(
+    paths: list[Path],
+    subject: Subject,
+    words: Words,
+    out_dir: Path,
+    *,
+    args,
+    wanted,
+    dtype,
+    nudenet,
+) -> Evaluation:
     """Looks at all that an evaluation needs, whole. paths: of its models; wanted: what make_cases()
     takes. Raises UserError."""
     is_tiny = models.is_embedded(subject.model)
@@ -209,9 +152,8 @@ def prepare(paths, subject, words, out_dir: Path, args, wanted: dict, dtype, nud
     pipe = load_base(subject.model, "cpu", models.dtype_of(subject.model, args.device))
     weights = " ".join(fingerprints(pipe).values())
     columns = [Column("base", out_dir / "base", lambda: pipe, weights=weights)]
-    about = dict(model=models.portable_name(subject.model), call=subject.call)
     for path in paths:
-        columns.append(make_column(path, out_dir, pipe, cases, about, args.lora_scale))
+        columns.append(make_column(path, out_dir, pipe, cases, subject.call, args.lora_scale))
     loras.check_scale(args.lora_scale, [column.form for column in columns[1:]])
     controls = []
     if args.controls:
@@ -226,7 +168,8 @@ def prepare(paths, subject, words, out_dir: Path, args, wanted: dict, dtype, nud
     size = (subject.call["width"], subject.call["height"])
     check_columns(columns + controls, cases, listings, size)
 
-    names = (*words.concepts, "templates", f"templates_{subject.kind}", "retain", "vocabulary")
+    names = [*words.concepts, "templates", "retain", "vocabulary"]
+    names += [f"templates_{kind}" for kind in sorted(set(filter(None, words.kinds.values())))]
     files = [words.folder / f"{name.lower().replace(' ', '_')}.csv" for name in names]
     files += [Path(spec.partition("#")[0]) for spec in (args.prompts, args.retain) if spec]
     about |= panel.about() | report.provenance(subject.model, cases, files)
@@ -307,17 +250,18 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     before = read_json(out_dir / "scores.json")
     before = {name: before.get(name, {}) for name in evaluation.earlier}
     scored = before | report.readable(scores)
-    write_json(out_dir / "scores.json", scored)
     seconds = dict(drawing=round(drawn - began, 1), all=round(time.time() - began, 1))
     write_json(out_dir / "results.json", dict(about=about, results=results, seconds=seconds))
+    write_json(out_dir / "scores.json", scored)
     report.write_report(results, about, evaluation.columns, cases, scores, out_dir)
     others = [name for name in evaluation.earlier if name in about["forms"]]  # no controls
-    shown = [base, *earlier_columns(others, out_dir, cases), *evaluation.columns[1:]]
+    before = earlier_columns(others, out_dir, cases, evaluation.call)
+    shown = [base, *before, *evaluation.columns[1:]]
     compared = ", ".join(f"{column.name} ({about['forms'][column.name]})" for column in shown[1:])
     title = f"{', '.join(about['concept'])}: {compared}"
     webpage.write_page(out_dir, title, shown, cases, scored, report.table(results))
     print(report.layout(report.table(results)))
-    files = "results.json scores.json report.md report.html grid.png"
+    files = " ".join(WRITTEN)
     times = f"{seconds['all']} s, of which {seconds['drawing']} s drawing"
     print(f"wrote {out_dir}/: {files}; {times}", flush=True)
     return results
@@ -371,6 +315,9 @@ def parse_args(argv=None):
         raise UserError("--filter: takes one --concept, no folder and no --where")
     if args.filter and args.clip == "none":
         raise UserError("--filter: compares backgrounds by --clip, which is none")
+    if args.clip == "none" and args.per_neighbour and not args.filter:
+        found = "the nearest concepts are found by its texts; add --per_neighbour 0"
+        raise UserError(f"--clip none: {found}")
     if args.export_cases and (folders or args.filter or not args.concept):
         raise UserError("--export_cases: takes --concept, no folder and no --filter")
     for flag in ("filter", "export_cases"):
@@ -462,7 +409,8 @@ def run(args) -> None:
         homes.add(out_dir)
         asked.append((paths, subject, words, out_dir))
     nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 else None
-    evaluations = [prepare(*what, args, wanted, dtype, nudenet) for what in asked]
+    how = dict(args=args, wanted=wanted, dtype=dtype, nudenet=nudenet)
+    evaluations = [prepare(*what, **how) for what in asked]
 
     workers.wait_for_everyone()  # all have looked
     results = {}

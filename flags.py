@@ -101,7 +101,8 @@ def parse_args(argv=None, text: str | None = None):
     if args.preset == "official":
         values |= OFFICIAL
     vocabulary = promptfiles.known_words(models.prompt_folder(args.model))
-    styles = [promptfiles.is_style(name, args.kind, vocabulary) for name in args.concept]
+    kinds = promptfiles.kinds_of(args.concept, args.kind, vocabulary)
+    styles = [promptfiles.is_style(name, kinds[name], vocabulary) for name in args.concept]
     for name, value in values.items():
         if getattr(args, name) is None:
             grow = GROWING.get(name) if is_ours else None

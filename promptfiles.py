@@ -166,20 +166,34 @@ def phrase(words: str, kind: str, vocabulary: dict) -> str:
 
 
 def kind_of(concept: str, kind: str | None, vocabulary: dict) -> str:
-    """What the vocabulary says, else the command line, which may also make a person of a thing.
-    Raises UserError if neither says it."""
+    """`kind`, see kinds_of(), else what the vocabulary says. Raises UserError if neither does."""
     known = vocabulary.get(bare(concept).lower(), {}).get("kind")
-    if known and not (known == "object" and kind == "person"):
-        kind = known
-    if not kind:
+    if not kind and not known:
         near = difflib.get_close_matches(concept, vocabulary, 1)
         meant = f" (or did you mean {near[0]!r}?)" if near else ""
         raise UserError(f"--kind: needed for {concept!r}: object, style or person?{meant}")
+    kind = kind or known
     return kind if kind in KINDS else "object"
 
 
+def kinds_of(concepts: list[str], kind, vocabulary: dict) -> dict:
+    """{concept: its kind, None where the vocabulary says it} of what --kind says: it is of the
+    concepts that the vocabulary has not, and where it has all of them it may make persons of
+    objects. kind may be such a dict already. Raises UserError where it contradicts the
+    vocabulary."""
+    if not isinstance(kind, str):
+        return {name: (kind or {}).get(name) for name in concepts}
+    known = {name: vocabulary.get(bare(name).lower(), {}).get("kind") for name in concepts}
+    if not all(known.values()):
+        return {name: None if known[name] else kind for name in concepts}
+    for name, found in known.items():
+        if kind != found and (kind, found) != ("person", "object"):
+            raise UserError(f"--kind: {name!r} is known, as {found}")
+    return dict.fromkeys(concepts, kind)
+
+
 def is_style(concept: str, kind: str | None, vocabulary: dict) -> bool:
-    return vocabulary.get(bare(concept).lower(), {}).get("kind", kind) == "style"
+    return (kind or vocabulary.get(bare(concept).lower(), {}).get("kind")) == "style"
 
 
 def template_pairs(
@@ -285,10 +299,11 @@ def training_rows(
     if neutral and any(mentions(name, neutral) for name in concept):
         raise UserError(f"--neutral: {neutral!r} contains the concept")
     vocabulary = known_words(folder)
+    kinds = kinds_of(concept, kind, vocabulary)
     pairs = []
     tests = []
     for name in concept:
-        rows = concept_pairs(name, folder, neutral, prompts, kind)
+        rows = concept_pairs(name, folder, neutral, prompts, kinds[name])
         rows = [row | dict(concept=name) for row in rows]
         if prompts and len(concept) > 1:
             rows = [row for row in rows if mentions(name, row["prompt"])]
@@ -296,37 +311,39 @@ def training_rows(
         if not train:
             flag = "--prompts" if prompts else "--concept"
             raise UserError(f"{flag}: no training pairs for {name!r}")
-        most = STYLE_PAIRS if is_style(name, kind, vocabulary) else PAIRS
-        train = train[: num_prompts or most]
-        pairs += train
-        tests += of_split(rows, "test") or train
+        most = STYLE_PAIRS if is_style(name, kinds[name], vocabulary) else PAIRS
+        pairs += train[: num_prompts or most]
+        tests += of_split(rows, "test")
     if len(concept) > 1:
-        pairs, tests = apart(concept, pairs), apart(concept, tests)
+        pairs, tests = apart(concept, pairs, tests)
     rows = without(concept, retain_rows(str(retain or folder / "retain.csv")))
     others = of_split(rows, "train")
     if not others:
         raise UserError(f"--retain: {retain} has no training prompt without the concept")
+    tested = {row["concept"] for row in tests}
+    tests += [row for row in pairs if row["concept"] not in tested]
     return Rows(pairs, others, tests, of_split(rows, "test") or others)
 
 
-def apart(concepts: list[str], rows: list[dict]) -> list[dict]:
-    """Without the rows whose neutral prompt names a concept: no picture of one is the target for
-    another. Raises UserError where a concept has no other rows."""
-    kept = without(concepts, rows, "neutral_prompt")
-    lost = {row["concept"] for row in rows} - {row["concept"] for row in kept}
+def apart(concepts: list[str], pairs: list[dict], tests: list[dict]) -> tuple[list, list]:
+    """Both without the rows whose neutral prompt names a concept: no picture of one is the target
+    for another. Raises UserError where nothing is left to train a concept on."""
+    kept = without(concepts, pairs, "neutral_prompt")
+    lost = {row["concept"] for row in pairs} - {row["concept"] for row in kept}
     if lost:
         found = f"every neutral prompt of {min(lost)!r} names what is to be erased beside it"
         raise UserError(f"--concept: {found}")
-    return kept
+    return kept, without(concepts, tests, "neutral_prompt")
 
 
 def together(found: list[Rows], concepts: list[str]) -> Rows:
     """Of several concepts: no pair whose neutral prompt, and no retain prompt, names one of them.
     Raises UserError if none is left."""
-    pairs, tests = [], []
-    for rows in found:
-        pairs += apart(concepts, rows.pairs)
-        tests += apart(concepts, rows.tests)
+    pairs, tests = apart(
+        concepts,
+        [row for rows in found for row in rows.pairs],
+        [row for rows in found for row in rows.tests],
+    )
     retain = without(concepts, found[0].retain)
     retain_tests = without(concepts, found[0].retain_tests)
     if not (retain and retain_tests):
@@ -451,15 +468,16 @@ def known_words(folder: Path) -> dict:
 
 
 def read_vocabulary(
-    folder: Path, concepts: list[str], kind: str | None = None
+    folder: Path, concepts: list[str], kind: str | dict | None = None
 ) -> tuple[list[str], dict]:
     """(concepts as the vocabulary spells them, the vocabulary with those that it has not).
 
-    The vocabulary is what a judge can be asked about, and how. `kind` is of concepts outside it; a
-    person is asked about as an object. Raises UserError for what is no concept or of no known kind.
+    The vocabulary is what a judge can be asked about, and how; kind: see kinds_of(); a person is
+    asked about as an object. Raises UserError for what is no concept or of no known kind.
     """
     check_concepts(concepts)
     words = known_words(folder)
+    kinds = kinds_of(concepts, kind, words)
     spelled = []
     vocabulary = {}
     for concept in concepts:
@@ -468,7 +486,7 @@ def read_vocabulary(
         if name.lower() in words:
             name = name.lower()
         spelled.append(name)
-        found = kind_of(name, kind, words)
+        found = kind_of(name, kinds[concept], words)
         question = phrase(name, found, {})
         if found == "style":
             question = f"a picture in the style of {name}"

@@ -12,7 +12,7 @@ import models  # first: it keeps transformers quiet
 # isort: split
 import torch
 
-from cases import Case, listed
+from cases import Case, listed, neutral_digest
 from columns import Column
 from judges import rate
 from pictures import open_pictures, save_preview
@@ -186,6 +186,7 @@ def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
         pictures={name: len(texts) for name, texts in prompts.items()},
         different_prompts={name: len(set(texts)) for name, texts in prompts.items()},
         cases_sha256=hashlib.sha256(json.dumps(listed(cases)).encode()).hexdigest(),
+        neutral_sha256=neutral_digest(cases),
         prompt_files=digests,
         seeds="each prompt's evaluation_seed, + 100,000 for each repetition",
         versions={name: version(name) for name in libraries},

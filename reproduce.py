@@ -10,6 +10,7 @@ baselines.py, scored by evaluate.py in one folder a concept, and for `attacks` a
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,15 +31,18 @@ TURNS = defaultdict(threading.Lock)  # by folder: commands write to it one after
 
 
 def is_done(run: Run, line: list[str]) -> bool:
-    """Whether what the command makes is there, and of these very flags where that was noted."""
-    done = artefacts.read_json(run.beside(".json")).get(line[0], {}).get("command", line)
+    """Whether what the command makes is there. Raises UserError for attacks on other prompts."""
+    noted = artefacts.read_json(run.beside(".json")).get(line[0], {})
     if line[0] == "evaluate.py":
         scored = artefacts.read_json(run.home / "eval/results.json").get("results", {})
-        return done == line and str(run.folder) in scored
+        return bool(noted) and str(run.folder) in scored
     if line[0] == "attacks.py":
-        return done == line and (run.beside(".attacks") / "results.json").is_file()
+        if noted.get("command", line) != line:
+            found = f"{run.beside('.attacks')} is of: python {shlex.join(noted['command'])}"
+            raise UserError(f"--num_prompts: {found}")
+        return bool(noted) and (run.beside(".attacks") / "results.json").is_file()
     is_finished = (run.folder / "mask.safetensors").is_file()
-    return done == line and (is_finished or "seconds" in artefacts.read_config(run.folder))
+    return is_finished or "seconds" in artefacts.read_config(run.folder)
 
 
 def commands(table: str, run: Run, args) -> list[list[str]]:
@@ -57,7 +61,9 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
     if table == "attacks" and not (run.folder / "cases.json").is_file():  # weights
         place = [str(run.folder), "--out_dir", str(run.beside(".attacks"))]
         wanted.append(["attacks.py", *place, *about, "--num_prompts", str(args.num_prompts)])
-    return lines + [line for line in wanted if not is_done(run, line)]
+    if lines:  # a new model: what was measured of one before it is worth nothing
+        return lines + wanted
+    return [line for line in wanted if not is_done(run, line)]
 
 
 def waited(process) -> tuple[int, float | None]:
@@ -71,6 +77,9 @@ def waited(process) -> tuple[int, float | None]:
 def start(run: Run, line: list[str]) -> bool:
     """Runs a command to its end and notes what it took. False where it fails."""
     run.home.mkdir(parents=True, exist_ok=True)
+    if line == run.make:
+        for old in (run.home / "eval" / slug(str(run.folder)), run.beside(".attacks")):
+            shutil.rmtree(old, ignore_errors=True)
     print(f"{time.strftime('%H:%M')} python {shlex.join(line)}\n", end="", flush=True)  # at once
     began = time.time()
     with open(run.beside(".log"), "a") as log:
@@ -123,12 +132,14 @@ def parse_args(argv=None):
     if wrong or not (args.tables or args.list):
         what = f"no table {wrong[0]!r}" if wrong else "which?"
         raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
-    args.out = args.out / slug(models.portable_name(args.model))
+    args.model = models.portable_name(args.model)
+    args.out = args.out / slug(args.model).removeprefix("tiny_")
     return args
 
 
 def run(args) -> None:
-    models.inspect_model(args.model)
+    if not args.list:
+        models.inspect_model(args.model)
     known = promptfiles.known_words(models.prompt_folder(args.model))
     for name in args.concepts or ():
         if promptfiles.bare(name).lower() not in known:

@@ -233,8 +233,8 @@ def copies(file):
 
 
 def test_what_is_there_stays(erased, tmp_path, capsys):
-    """Another script's results or a report of the user are not overwritten; a neutral prompt that
-    has changed is no reason to keep the base's latents of the old one."""
+    """Another script's results or a report of the user are not overwritten; of a neutral prompt
+    that has changed the base's latents, and nothing else, are drawn again."""
     few = ["--num_pictures", "1", "--per_neighbour", "0", "--fid", "none", "--device", "cpu"]
     (tmp_path / "report.md").write_text("mine")
     found = refused(capsys, erased, *few, "--out_dir", tmp_path)
@@ -246,9 +246,15 @@ def test_what_is_there_stays(erased, tmp_path, capsys):
     prompts = tmp_path / "prompts.csv"
     line = [str(erased), *few, "--out_dir", str(tmp_path / "out"), "--prompts", str(prompts)]
     prompts.write_text("prompt,neutral_prompt,evaluation_seed\na gun,nothing,1\n")
-    assert evaluate.main(line) == 0
-    prompts.write_text("prompt,neutral_prompt,evaluation_seed\na gun,a dog,1\n")
-    assert "holds pictures of other prompts" in refused(capsys, *line)
+    files = tmp_path / "out/base/latents.safetensors", tmp_path / "out/base/concept/00000_1.png"
+    left = []
+    for neutral in ("nothing", "nothing", "a dog"):
+        prompts.write_text(f"prompt,neutral_prompt,evaluation_seed\na gun,{neutral},1\n")
+        assert evaluate.main(line) == 0
+        found = json.loads((tmp_path / "out/results.json").read_text())["results"][str(erased)]
+        left.append((found["residue, median"], *(file.stat().st_mtime_ns for file in files)))
+    assert left[0] == left[1] and left[2][2] == left[0][2]
+    assert left[2][0] != left[0][0] and left[2][1] > left[0][1]
 
 
 def test_other_tools(pipe, tmp_path, capsys):
@@ -297,7 +303,7 @@ def test_other_tools(pipe, tmp_path, capsys):
     (by_name / "misnamed.png").rename(first)
     call = told["call"] | dict(num_inference_steps=99)
     write_json(by_name / "cases.json", told | dict(call=call))
-    assert "its cases.json is of call" in refused(capsys, *compare, by_name)
+    assert "its cases.json is of the call" in refused(capsys, *compare, by_name)
     twice = refused(capsys, *few, *copies(weights))
     assert "would both go to results/esd/eval; evaluate them one by one" in twice
     (in_order / "3.png").unlink()

@@ -491,7 +491,10 @@ def test_compose(pipe, request, tmp_path, capsys):
         (["--compose", alone, "--restore", "knife"], "--restore: nothing is left to erase"),
         (["--compose", tmp_path], "no finished erased model"),
         (["--compose", parts[0], tmp_path / "to_guns"], "every neutral prompt of 'knife' names"),
-        (["--compose", parts[0], tmp_path / "second"], "second stands on erased/x and has flags"),
+        (
+            ["--compose", parts[0], tmp_path / "second"],
+            "second stands on erased/x, and one",
+        ),
         (["--concept", "gun", "--restore", "gun"], "--restore: goes with --compose"),
         ([], "the following arguments are required: --concept"),
     ):

@@ -98,7 +98,6 @@ KINDS = [  # concept, --kind, --neutral, of which folder's templates, the first 
         "a p",
     ),
     ("gun", "style", None, "", "A man in the rain holds a gun", "A man in the rain holds"),
-    ("apple", "style", "", "", "A photo of an apple on a wooden table", ""),
     ("brad pitt", None, None, "", "--kind: needed for 'brad pitt'", ""),
 ]
 

@@ -50,6 +50,7 @@ UNION = ("plain", "seeds", "synonyms", "split", "knobs")
 UNION += ("ring_a_bell", "mma", "p4d", "unlearn_diff")
 FLAGS = ("concept", "budget", "num_prompts", "oracle", "judge", "threshold", "seed", "out_dir")
 FLAGS += ("device", "kind", "model", "lora_scale")
+WRITTEN = ("results.json", "report.md", "attacks.png")
 RECORD = {"attack", "target", "case", "prompt", "shots", "scores", "spent", "about"}
 
 
@@ -271,7 +272,7 @@ def prepare(
         replay=prompts and [prompts, where],
     )
     read_log(out_dir, about, cases + replayed)  # of this run? Before anything slow
-    artefacts.check_report(out_dir, "union_text_asr")
+    artefacts.check_report(out_dir, "union_text_asr", WRITTEN)
     claim(out_dir)
     seeing, judge_name = open_judge(judge, name, subject.model, device)
     about["judge"] = judge_name
@@ -480,8 +481,7 @@ def report(setup: Setup, began: float) -> None:
     save_preview(setup.out_dir / "attacks.png", sheet(setup))
     print(layout(rows))
     print(headline)
-    files = "attacks.jsonl results.json report.md attacks.png"
-    print(f"wrote {setup.out_dir}/: {files}; {seconds} s", flush=True)
+    print(f"wrote {setup.out_dir}/: attacks.jsonl {' '.join(WRITTEN)}; {seconds} s", flush=True)
     last = {"union_text_asr": {name: union["rate"] for name, union in unions.items()}}
     for attack, by_model in results.items():
         last[attack] = {n: found and found["asr_k"]["rate"] for n, found in by_model.items()}
