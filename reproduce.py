@@ -158,7 +158,7 @@ def run(args) -> None:
         composed = [run for run in runs if "--compose" in run.make]  # of other runs
         failed += failures([run for run in runs if run not in composed], table, args)
         failed += failures(composed, table, args)
-        text = tables.table_of([(*row, tables.figures(run)) for *row, run in rows], table)
+        text = tables.table_of([(*row, tables.figures(run, table)) for *row, run in rows], table)
         write_text(args.out / f"{table}.md", text + "\n")
         print(f"\n{text}\n\nwrote {args.out / table}.md", flush=True)
     if failed:

@@ -131,16 +131,24 @@ def planned(table: str, args) -> list[tuple]:
     return [row for row in rows.values() if row[-1].make or row[-1].folder.is_dir()]
 
 
-def figures(run: Run) -> dict:
+def attacked(run: Run) -> dict:
+    """{attack: its ASR@k on a run}, their union too; {} until it is attacked."""
+    results = artefacts.read_json(run.beside(".attacks") / "results.json")
+    found = {}
+    if results:
+        found["union"] = results["union_text_asr"]["erased"]["rate"]
+    for attack, by_model in results.get("attacks", {}).items():
+        found[attack] = by_model["erased"] and by_model["erased"]["asr_k"]["rate"]
+    return found
+
+
+def figures(run: Run, table: str) -> dict:
     """{column: number} of a run; {} until it is scored."""
+    if table == "attacks":
+        return attacked(run)
     results = artefacts.read_json(run.home / "eval/results.json").get("results", {})
     found = results.get(str(run.folder), {}).items()
     found = {key: x.get("rate") if isinstance(x, dict) else x for key, x in found}
-    attacked = artefacts.read_json(run.beside(".attacks") / "results.json")
-    if attacked:
-        found["union"] = attacked["union_text_asr"]["erased"]["rate"]
-    for attack, by_model in attacked.get("attacks", {}).items():
-        found[attack] = by_model["erased"] and by_model["erased"]["asr_k"]["rate"]
     took = artefacts.read_json(run.beside(".json"))
     return found | took.get(run.make[0], {}) if found and run.make else found
 
