@@ -1,6 +1,6 @@
-"""Erased folders put together without any training: what any of them closes is closed, and a ridge
-regression (refit.py) fits one LoRA to what each of them does to its own concept, and the base to
-all else.
+"""Erased folders put together without any training. Of what any of them closes, the half that harms
+other things least is closed; a ridge regression (refit.py) fits one LoRA to what each of them does
+to its own concept, and the base to all else.
 
     python erase.py --compose erased/gun erased/knife --out_dir erased/both
     python erase.py --compose erased/both --restore gun --out_dir erased/knife_only
@@ -84,7 +84,7 @@ def fill(args) -> None:
     args.modules = list(dict.fromkeys(name for config in configs for name in config["modules"]))
     args.kind = artefacts.kinds_in(configs) or None
     args.steps = 0
-    usual = dict(heal=1, heal_steps=0, refit_rank=64 * len(args.compose))
+    usual = dict(heal=1, heal_steps=0, refit_rank=64 * len(args.compose), reopen=0.5)
     for flag, value in usual.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)

@@ -48,7 +48,7 @@ from flags import DEFAULTS, LEARNING, PRESETS, parse_args
 from models import remember_prompts
 from refit import Teacher, refit
 from safely import UserError, exit_code
-from sites import MODULES, absent, fold, gate_sites, gated  # noqa: F401
+from sites import MODULES, absent, fold, gate_sites, gated, reopened  # noqa: F401
 
 # Logits before training. There every relaxation is exactly 1, but for hard_concrete's noise.
 START = dict(sigmoid=4.0, hard_concrete=3.0, straight_through=3.0)
@@ -384,7 +384,15 @@ def run(args) -> None:
     of_mask = flags((*DEFAULTS, "modules", "steps", "seed"))
     of_mask |= dict(first_step=first_step, state=state, on_step=log)
     mask = train(pipe, pairs, retain, **of_mask | learning)
-    erasure = artefacts.joined(artefacts.Erasure(mask, args.modules), given)
+    ours = artefacts.Erasure(mask, args.modules)
+    if teachers:  # unlike a run that this one stands on, they are not in the weights yet
+        ours, given = artefacts.joined(ours, given), artefacts.Erasure()
+    if args.heal and args.reopen:
+        closable = gate_sites(pipe.transformer, ours.modules)
+        how = dict(call=call, micro_batch=args.micro_batch, checkpoint=args.checkpoint)
+        harm = harm_of_closing(pipe, retain, closable, seed=args.seed, **how)
+        ours = ours._replace(mask=reopened(ours.mask, harm, args.reopen))
+    erasure = artefacts.joined(ours, given)
     mask = erasure.mask
 
     # the LoRA. differs from paper

@@ -141,6 +141,17 @@ def gated(transformer, gates: dict):
         yield
 
 
+def reopened(mask: dict, harm: dict, share: float) -> dict:
+    """The mask with this share of its closed gates open again: those of the most harm. Both are
+    {site: (U,)}, of the same sites."""
+    flat = torch.cat(list(mask.values()))
+    harms = torch.cat([harm[site] for site in mask]).masked_fill(flat > 0, -1)  # harm is >= 0
+    count = round(share * int((flat == 0).sum()))
+    flat[harms.topk(count).indices] = 1
+    sizes = [len(gates) for gates in mask.values()]
+    return dict(zip(mask, flat.split(sizes), strict=True))
+
+
 def closed_slices(transformer, mask: dict):
     """Yields (parameter name, dim, indices) of the weights that make closed units and, where one
     layer reads them, of those that read: neither gets a gradient from which it could grow again."""

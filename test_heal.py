@@ -19,6 +19,7 @@ import erase
 import families
 import heal
 import models
+import promptfiles
 import refit
 from conftest import FEW_RETAIN, QUICK, run
 from safely import UserError
@@ -444,9 +445,11 @@ def refused(capsys, *line) -> str:
     return error[0]
 
 
-def test_compose(pipe, request, tmp_path, capsys):
-    """The composed mask closes what any part closes; nothing is trained but what mends; the folder
-    is an erased folder like any; one part can be taken out again; what does not fit is refused."""
+def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
+    """The composed mask closes the half of what any part closes that harms least, all of it without
+    a LoRA; nothing is trained but what mends; the folder is an erased folder like any; one part can
+    be taken out again; what does not fit is refused."""
+    monkeypatch.setattr(erase, "harm_of_closing", partial(erase.harm_of_closing, draws=8))
     parts = [request.getfixturevalue("erased"), tmp_path / "knife"]
     line = [*QUICK, "--steps", "2", "--out_dir", parts[1]]
     line[line.index("gun")] = "knife"
@@ -458,13 +461,24 @@ def test_compose(pipe, request, tmp_path, capsys):
     done = run("erase.py", "--compose", *parts, *short, "--out_dir", both)
     assert done.returncode == 0, done.stderr
     mask = artefacts.load_mask(both / "mask.safetensors", pipe)
-    for site, gates in mask.items():
-        assert torch.equal(gates, masks[0][site] * masks[1][site])
+    union = {site: gates * masks[1][site] for site, gates in masks[0].items()}
+    retain = promptfiles.of_split(promptfiles.retain_rows(str(FEW_RETAIN)), "train")
+    prompts = [row["prompt"] for row in promptfiles.without(["gun", "knife"], retain)]
+    harm = erase.harm_of_closing(
+        pipe, prompts, gate_sites(pipe.transformer), call=models.CALLS["tiny/flux"]
+    )
+    capsys.readouterr()  # its progress
+    flat, everything = (torch.cat(list(x.values())) for x in (mask, union))
+    harms = torch.cat([harm[site] for site in mask])
+    assert ((flat == 0) <= (everything == 0)).all()
+    opened, closed = (flat == 1) & (everything == 0), flat == 0
+    assert opened.sum() == round(0.5 * int((everything == 0).sum())) > 0
+    assert harms[opened].min() >= harms[closed].max()
     config = artefacts.erased_config(both)
     assert config["concept"] == ["gun", "knife"] and len(config["parts"]) == 2
     loaded = artefacts.load_erased(both, "cpu").transformer
     together = artefacts.load_erased(*parts, "cpu").transformer
-    wanted = erased(pipe.transformer, mask, {}).state_dict()
+    wanted = erased(pipe.transformer, union, {}).state_dict()
     assert all(torch.equal(tensor, wanted[n]) for n, tensor in together.state_dict().items())
     assert any(not torch.equal(tensor, wanted[n]) for n, tensor in loaded.state_dict().items())
 
