@@ -180,6 +180,8 @@ def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
     if facts["heal"]:
         learnt = "{heal_steps} steps on a LoRA of rank {heal_rank}"
         learnt += ", refitted with strength {refit} and rank {refit_rank}" if facts["refit"] else ""
+        if facts["reopen"]:
+            learnt = f"{{reopen:.0%}} of the closed gates, the most harmful, opened again; {learnt}"
         words["healed"] = learnt.format(**facts)
     text = MODEL_CARD.format(**facts | words)
     write_text(folder / "README.md", text)
