@@ -67,11 +67,12 @@ MINUTES = {"erase.py": 5, "baselines.py": 3, "evaluate.py": 2, "attacks.py": 10}
 
 
 def spread(values: list) -> str:
-    """Mean and, of several, range."""
+    """Mean and, where there is one, range."""
     values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return f"{values[0]:.3g}" if values else "-"
-    return f"{statistics.mean(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+    if not values:
+        return "-"
+    mean, least, most = (f"{f(values):.3g}" for f in (statistics.mean, min, max))
+    return mean if least == most else f"{mean} ({least}-{most})"
 
 
 class Run(NamedTuple):
