@@ -379,7 +379,7 @@ def run_config(flags: dict, call: dict) -> dict:
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     model, revision = models.address(models.portable_name(flags["model"]))
     config |= dict(model=model, revision=revision, call=call)
-    vocabulary = promptfiles.known_words(models.prompt_folder(model))
+    vocabulary = promptfiles.known_words(models.prompt_folder(flags["model"]))
     kinds = promptfiles.kinds_of(flags["concept"], flags["kind"], vocabulary)
     kinds = {name: kind for name, kind in kinds.items() if kind}
     if flags["on"]:  # a second run: both concepts are gone, and the same mask is to be there again

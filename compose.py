@@ -60,7 +60,7 @@ def check_prompts(folder: Path, config: dict) -> None:
     """Raises UserError for a run on top of another, where one had other prompts than its words
     give: they are recorded of the last alone."""
     runs = [config]
-    while runs[-1].get("on"):
+    while runs[-1].get("on") and len(runs) < 100:  # no circle, whoever wrote them
         runs.append(artefacts.read_config(Path(models.local_name(runs[-1]["on"]))))
     has_own = [run.get("prompts") or run.get("neutral") is not None for run in runs]
     if len(runs) > 1 and any(has_own):
