@@ -154,14 +154,26 @@ def concept_cases(concept: str, words: Words, rows: list[dict], synonyms: list[s
             yield "synonyms", row | dict(prompt=renamed), [("synonyms", concept)]
 
 
+def numbered(found: list[tuple]) -> list[Case]:
+    """Of (set, row, asks), each set's by itself."""
+    cases = []
+    count = Counter()
+    for name, row, asks in found:
+        seed = row["evaluation_seed"]
+        neutral = row.get("neutral_prompt") if name == "concept" else None
+        cases.append(Case(name, f"{count[name]:05d}_{seed}", row["prompt"], seed, asks, neutral))
+        count[name] += 1
+    return cases
+
+
 def make_cases(
-    words: Words, clip, *, num_pictures, per_neighbour, prompts=None, retain=None, where=None
+    words: Words, *, num_pictures, prompts=None, retain=None, where=None
 ) -> tuple[list[Case], int]:
-    """(the cases of all sets, how many prompts about minors were dropped). Raises UserError.
+    """(the cases of all sets but the neighbours, how many prompts about minors were dropped).
+    Raises UserError.
 
     concept, synonyms  see concept_cases()
     retain             unrelated prompts: is each thing that they name there (others)
-    neighbours         the 8 words of its kind nearest to the concept (a style may have fewer)
     """
     found = []  # (set, row, asks)
     minors = 0
@@ -191,24 +203,21 @@ def make_cases(
     for row in cycle(rows, num_pictures):
         asks = [("others", word) for word in words.others(row["prompt"], "object")]
         found.append(("retain", row, asks))
+    return numbered(found), minors
 
+
+def neighbour_cases(words: Words, clip, per_neighbour: int) -> list[Case]:
+    """Of the 8 words of its kind nearest to each concept (a style may have fewer)."""
     near = []
     if per_neighbour:
         for concept in words.concepts:
             near += nearest_words(concept, words, clip)
+    found = []
     for word in dict.fromkeys(near):  # once, however many of the concepts it is near
         rows = without(words.concepts, concept_rows(word, words))
         for row in cycle(rows, per_neighbour):
             found.append(("neighbours", row, [("neighbours", word)]))
-
-    cases = []
-    count = Counter()
-    for name, row, asks in found:
-        seed = row["evaluation_seed"]
-        neutral = row.get("neutral_prompt") if name == "concept" else None
-        cases.append(Case(name, f"{count[name]:05d}_{seed}", row["prompt"], seed, asks, neutral))
-        count[name] += 1
-    return cases, minors
+    return numbered(found)
 
 
 def prompts_cut(pipe, cases: list[Case], call: dict, clip) -> dict[str, int]:

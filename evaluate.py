@@ -45,6 +45,7 @@ from cases import (
     Words,
     listed,
     make_cases,
+    neighbour_cases,
     prompts_cut,
     read_subject,
     read_words,
@@ -129,19 +130,20 @@ def prepare(
     paths: list[Path],
     subject: Subject,
     words: Words,
+    cases: list[Case],
+    minors: int,
     out_dir: Path,
     *,
     args,
-    wanted,
     dtype,
     nudenet,
 ) -> Evaluation:
-    """Looks at all that an evaluation needs, whole. paths: of its models; wanted: what make_cases()
-    takes. Raises UserError."""
+    """Looks at all that an evaluation needs, whole. paths: of its models; cases, minors: of
+    make_cases(). Raises UserError."""
     is_tiny = models.is_embedded(subject.model)
     how = {name: vars(args)[name] for name in ("judge", "clip", "threshold")}
     panel = load_panel(subject.model, dtype, **how)
-    cases, minors = make_cases(words, panel.clip, **wanted)
+    cases = cases + neighbour_cases(words, panel.clip, args.per_neighbour)
     by_number = "inception" if args.num_pictures > 2048 else "none"
     real = visible(args.real) if args.real else []
     panel = panel._replace(fid=args.fid or ("judge" if is_tiny else by_number), real=real)
@@ -357,7 +359,7 @@ def run(args) -> None:
     def flags(*names):
         return {name: vars(args)[name] for name in names}
 
-    wanted = flags("num_pictures", "per_neighbour", "prompts", "retain", "where")
+    wanted = flags("num_pictures", "prompts", "retain", "where")
     given = (args.concept, args.model, flags(*models.CALL_FLAGS), args.kind)
 
     if args.filter:
@@ -379,16 +381,15 @@ def run(args) -> None:
         return
 
     # prompts are looked at before a judge is loaded
-    texts_only = wanted | dict(clip=None, per_neighbour=0)
     if args.export_cases:
         check_writable(args.export_cases.parent, "--export_cases")
         subject = read_subject([], *given)
         words = read_words(subject)
-        make_cases(words, **texts_only)
+        cases, _ = make_cases(words, **wanted)
         # LLaVA is not needed to find the nearest concepts
         judge = args.judge or (None if models.is_embedded(subject.model) else CLIP)
         panel = load_panel(subject.model, dtype, judge, args.clip)
-        cases, _ = make_cases(words, panel.clip, **wanted)
+        cases += neighbour_cases(words, panel.clip, args.per_neighbour)
         rows = [row | dict(neutral=case.neutral) for row, case in zip(listed(cases), cases)]
         about = dict(concept=subject.concept, model=models.portable_name(subject.model))
         write_json(args.export_cases, about | dict(call=subject.call, cases=rows))
@@ -401,15 +402,15 @@ def run(args) -> None:
     for paths in [args.compare] if args.compare else [[path] for path in args.erased]:
         subject = read_subject(paths, *given)
         words = read_words(subject)
-        make_cases(words, **texts_only)
+        cases, minors = make_cases(words, **wanted)
         out_dir = home_of(paths, args.out_dir)
         if out_dir in homes:
             found = f"{paths[0]} and another one would both go to {out_dir}"
             raise UserError(f"--out_dir: {found}; evaluate them one by one, or --compare")
         homes.add(out_dir)
-        asked.append((paths, subject, words, out_dir))
+        asked.append((paths, subject, words, cases, minors, out_dir))
     nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 else None
-    how = dict(args=args, wanted=wanted, dtype=dtype, nudenet=nudenet)
+    how = dict(args=args, dtype=dtype, nudenet=nudenet)
     evaluations = [prepare(*what, **how) for what in asked]
 
     workers.wait_for_everyone()  # all have looked

@@ -196,7 +196,7 @@ def test_names_and_neighbours_of_several_concepts():
     concepts is asked for once; a palm tree is a tree, no neighbour of it."""
     clip = ClipJudge(JUDGE)
     words = cases.read_words(cases.Subject(["Taylor Swift", "GUN", "knife"], TINY, {}, "person"))
-    found, _ = cases.make_cases(words, clip, num_pictures=2, per_neighbour=2)
+    found = cases.make_cases(words, num_pictures=2)[0] + cases.neighbour_cases(words, clip, 2)
     near = [(case.prompt, case.seed) for case in found if case.set == "neighbours"]
     asked = [word for name in words.concepts for word in cases.nearest_words(name, words, clip)]
     assert len(near) == len(set(near)) == 2 * len(set(asked)) < 2 * len(asked)
