@@ -155,7 +155,7 @@ def concept_cases(concept: str, words: Words, rows: list[dict], synonyms: list[s
 
 
 def numbered(found: list[tuple]) -> list[Case]:
-    """Of (set, row, asks), each set's by itself."""
+    """[(set, row, asks)] as cases, each named by its place in its set."""
     cases = []
     count = Counter()
     for name, row, asks in found:
