@@ -59,11 +59,14 @@ def parts_of(folders: list[Path], restore=()) -> list[Path]:
 def check_prompts(folder: Path, config: dict) -> None:
     """Raises UserError for a run on top of another, where one had other prompts than its words
     give: they are recorded of the last alone."""
-    runs = [config]
-    while runs[-1].get("on") and len(runs) < 100:  # no circle, whoever wrote them
-        runs.append(artefacts.read_config(Path(models.local_name(runs[-1]["on"]))))
+    runs = []
+    run = config
+    while run and run not in runs:  # else they stand on each other in a circle
+        runs.append(run)
+        below = run.get("on")
+        run = artefacts.read_config(Path(models.local_name(below))) if below else None
     has_own = [run.get("prompts") or run.get("neutral") is not None for run in runs]
-    if len(runs) > 1 and any(has_own):
+    if config.get("on") and any(has_own):
         found = f"{folder} stands on {config['on']}, and one of them has prompts of its own"
         raise UserError(f"--compose: {found}; erase each from the base, then compose both")
 
