@@ -105,8 +105,13 @@ def save_mask(path: Path, mask: dict, base: dict, modules, concept: list | None 
 
 
 def load_mask(path: Path, pipe) -> dict:
-    """{site: (U,) fp32 of 0 and 1}. Raises UserError unless the file is whole, made for the weights
-    of this pipeline, and of exactly the sites and units of its modules."""
+    """{site: (U,) fp32 of 0 and 1}. Raises UserError as read_mask() does."""
+    return read_mask(path, pipe)[0]
+
+
+def read_mask(path: Path, pipe) -> tuple[dict, dict]:
+    """(the mask, what the file says of it). Raises UserError unless the file is whole, made for the
+    weights of this pipeline, and of exactly the sites and units of its modules."""
     try:
         with safe_open(path, "pt") as f:
             mask = {site: f.get_tensor(site) for site in f.keys()}
@@ -136,7 +141,7 @@ def load_mask(path: Path, pipe) -> dict:
             raise UserError(f"{path}: {site} is not a list of 0 and 1")
     if about["closed"] != closed_of(mask):
         raise UserError(f"{path}: {closed_of(mask)} gates are closed, not {about['closed']}")
-    return {site: gate.float() for site, gate in mask.items()}
+    return {site: gate.float() for site, gate in mask.items()}, about
 
 
 class Erasure(NamedTuple):
@@ -151,9 +156,7 @@ def load_erasure(folder: Path, pipe) -> Erasure:
     """Of an erased folder, for a pipeline of its base. Raises UserError, never gives an
     empty one instead."""
     config = erased_config(folder)
-    mask = load_mask(folder / "mask.safetensors", pipe)
-    with safe_open(folder / "mask.safetensors", "pt") as f:
-        about = json.loads(f.metadata()["mask"])
+    mask, about = read_mask(folder / "mask.safetensors", pipe)
     modules = about["modules"]
     concept = about.get("concept", config["concept"])  # masks of before do not say it
     if concept != config["concept"]:
