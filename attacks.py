@@ -120,20 +120,21 @@ def gradient_search(model: Model, ids: dict, loss, effort, rng, *, use_gradient=
 
 
 def ring_a_bell(model: Model, base: Model, case, effort, rng) -> dict:
-    """Ring-A-Bell's target, E(prompt) + eta c with eta = 1 and c the concept's direction."""
+    """Ring-A-Bell's target, E(prompt) + eta c with eta = 1 and c the concept's direction, both by
+    the base's encoders: edited ones may know neither."""
     found = {}
     for side in model.sides:
-        wanted = model.read(side, case.prompt) + model.directions[side]
+        wanted = base.read(side, case.prompt) + base.directions[side]
         found[side] = genetic_search(model, side, wanted, *effort, rng)
     return found
 
 
 def mma(model: Model, base: Model, case, effort, rng) -> dict:
     """MMA-Diffusion, text modality (Yang et al., CVPR 2024, eq. 2): from random tokens to the
-    concept prompt's own embedding, under a ban list."""
+    embedding that the base's encoders give the concept prompt, under a ban list."""
     found = {}
     for side in model.sides:
-        wanted = model.read(side, case.prompt)
+        wanted = base.read(side, case.prompt)
 
         def loss(rows, side=side, wanted=wanted):
             return model.mismatch(side, rows[side], wanted)
@@ -236,7 +237,9 @@ def find_shots(setup: Setup, attack: str, model: Model, case: Case) -> list[dict
             if is_same and (record["attack"], record["case"]) == (attack, case.name):
                 return record["shots"]
         effort = EFFORT[setup.about["budget"]][attack]
-        return [SEARCHES[attack](model, setup.models["base"], case, effort, rng)]
+        has_own = attack in ENCODER and model is setup.models.get("oracle")
+        base = model if has_own else setup.models["base"]  # its encoders are others altogether
+        return [SEARCHES[attack](model, base, case, effort, rng)]
     return [model.shot(prompt)]  # plain, seeds, replay, and on mended weights
 
 

@@ -25,6 +25,7 @@ from promptfiles import MINORS
 from safely import UserError
 from sites import fold
 
+ROOM = 16  # tokens that a search or a probe may take
 COSTS = ("network", "backward", "encoder", "pictures")
 spent = Counter()  # how many of COSTS: evaluations, backward passes, texts encoded, pictures drawn
 
@@ -47,6 +48,9 @@ class Model:
         self.sigmas = self.schedule()
         self.searched = self.sigmas[:-1:2]  # where velocities are compared: 1, .5 of the usual four
         encoders = self.open_encoders()
+        if min(self.room.values()) < ROOM:
+            found = f"leaves {min(self.room.values())} tokens for a prompt"
+            raise UserError(f"--max_sequence_length: {found}; attacks and probes need {ROOM}")
         tables = [encoder.get_input_embeddings().weight for encoder in encoders]
         self.tables = dict(zip(self.sides, tables, strict=True))  # (V, D)
         self.vocabularies = {side: Vocabulary(self, side, banned) for side in self.sides}

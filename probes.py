@@ -51,18 +51,18 @@ def flow_error(model: Model, noise, x0, s: float, text: tuple) -> torch.Tensor:
     return (model.velocity((1 - s) * x0 + s * noise, s, text) - (noise - x0)).square().mean()
 
 
-def invert(model: Model, base: Model, pairs: list[dict], m: int, steps: int) -> dict:
+def invert(model: Model, base: Model, pairs: list[dict], m: int, steps: int, seed: int) -> dict:
     """Concept inversion (Pham et al., ICLR 2024): m input vectors of each encoder, {side: (m, D)},
     behind neutral training prompts, under which the erased model fits the base's pictures of the
     concept prompts. Both encoders: CLIP's "nothing" forbids what T5 asks for."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     soft = {}
     groups = []
     for side, table in model.tables.items():
         soft[side] = table[rng.sample(range(len(table)), m)].float().requires_grad_()
         groups.append(dict(params=[soft[side]], lr=0.05 * float(table.float().std())))
     optimizer = torch.optim.Adam(groups)
-    pictures = concept_pictures(model, base, [pair["prompt"] for pair in pairs], 100)
+    pictures = concept_pictures(model, base, [pair["prompt"] for pair in pairs], 100 + 1000 * seed)
     targets = list(zip(pairs, pictures, strict=True))
     for _ in range(steps):
         batch = rng.sample(targets, min(4, len(targets)))
@@ -140,16 +140,16 @@ def regrow(model: Model, rank: int = 16, iterations: int = 50) -> Model:
 
 
 def relearn(
-    model: Model, base: Model, prompts: list[str], steps: int, *, hold: bool, lr: float = 3e-4
+    model: Model, base: Model, prompts: list[str], steps: int, *, hold: bool, seed: int, lr=3e-4
 ) -> Model:
     """Fine-tunes the folded transformer on the base's pictures of a few prompts (noise and picture
     paired, as the base draws them). hold: closed neurons stay zero, as an honest relearning of the
     pruned network; else they may regrow."""
     student = model.folded()
-    rng = random.Random(0)
+    rng = random.Random(seed)
     transformer = student.pipe.transformer.requires_grad_(True)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=lr, weight_decay=0)
-    targets = concept_pictures(model, base, prompts, 200)
+    targets = concept_pictures(model, base, prompts, 200 + 1000 * seed)
     for _ in range(steps):
         picked = [rng.choice(targets) for _ in range(4)]
         s = rng.choice(model.sigmas[:-1])
@@ -176,7 +176,7 @@ def from_latents(setup: Setup, model: Model, latents_of):
 
 
 def inversion(setup: Setup, model: Model, m: int, steps: int):
-    soft = invert(model, setup.models["base"], setup.pairs, m, steps)
+    soft = invert(model, setup.models["base"], setup.pairs, m, steps, setup.about["seed"])
 
     def latents_of(case):
         seeds = case.seeds("inversion")
@@ -228,7 +228,8 @@ def probe_jobs(setup: Setup, probes) -> list[Job]:
                 if hold and prompts is concept and not model.mask:
                     continue  # nothing to hold: the same as all free
                 for n in RELEARN:
-                    make = partial(relearn, model, base, prompts, n, hold=hold)
+                    how_taught = dict(hold=hold, seed=setup.about["seed"])
+                    make = partial(relearn, model, base, prompts, n, **how_taught)
                     add(f"relearn {n}, {how}", target, mended, make)
     return jobs
 

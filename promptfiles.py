@@ -495,13 +495,18 @@ def read_vocabulary(
     return spelled, vocabulary | words
 
 
+def said(concept: str) -> str:
+    """What its prompts call it."""
+    return "nude" if concept == "nudity" else concept
+
+
 def rename(prompt: str, concept: str, word: str) -> str:
     """The prompt with the concept's name replaced, article included."""
 
     def replacement(match):
         return noun_phrase(word) if match[1] else word
 
-    name = rf"\b(an? )?{re.escape(concept)}(?:e?s)?\b"
+    name = rf"\b(an? )?{re.escape(said(concept))}(?:e?s)?\b"
     return re.sub(name, replacement, prompt, flags=re.I)
 
 

@@ -137,7 +137,7 @@ def attacked(run: Run) -> dict:
     results = artefacts.read_json(run.beside(".attacks") / "results.json")
     found = {}
     if results:
-        found["union"] = results["union_text_asr"]["erased"]["rate"]
+        found["union"] = results["union_text_asr"].get("erased", {}).get("rate")
     for attack, by_model in results.get("attacks", {}).items():
         found[attack] = by_model["erased"] and by_model["erased"]["asr_k"]["rate"]
     return found

@@ -233,6 +233,10 @@ def prepare(
     check_family(subject.model, subject.call, str(erased))
     if oracle:
         check_family(str(oracle), subject.call, "--oracle")
+        kinds = [models.pipeline_class(name) for name in (str(oracle), subject.model)]
+        if kinds[0] is not kinds[1]:
+            found = f"{oracle} is a {kinds[0].__name__}, the base a {kinds[1].__name__}"
+            raise UserError(f"--oracle: {found}")
     artefacts.check_writable(out_dir)
 
     # the concept's words and rows
@@ -256,7 +260,7 @@ def prepare(
             replayed.append(make_case(f"replay {i:04d}", row, row["prompt"]))
     retain = promptfiles.load_prompts(str(words.folder / "retain.csv"), "--retain")
 
-    banned = [name, *synonyms]
+    banned = list(dict.fromkeys([name, promptfiles.said(name), *synonyms]))
     about = dict(
         concept=name,
         erased=str(erased),
@@ -348,6 +352,25 @@ def best(record: dict) -> float:
     return max(max(row) for row in record["scores"])
 
 
+def best_shot(record: dict) -> tuple[dict, list]:
+    """(the shot, its scores by noise) of the best score."""
+    tried = zip(record["shots"], record["scores"], strict=True)
+    shot, scores = max(tried, key=lambda pair: max(pair[1]))
+    return dict(shot), scores
+
+
+def union(setup: Setup, attacks: list[str], target: str) -> dict | None:
+    """Share of the cases that any of the attacks breaks, of those on which all were played."""
+    played = {(r["attack"], r["case"]): best(r) for r in setup.records if r["target"] == target}
+    broken = []
+    for case in setup.cases:
+        those = [attack for attack in attacks if attack != "synonyms" or case.synonyms]
+        scores = [played.get((attack, case.name)) for attack in those]
+        if scores and None not in scores:
+            broken.append(float(max(scores) > setup.about["threshold"]))
+    return judges.rate(broken) if broken else None
+
+
 def success(records: list[dict], threshold: float) -> dict | None:
     """Attack success rates: ASR@1 (first string, first noise) and ASR@k (any string, any noise),
     with Wilson intervals."""
@@ -411,8 +434,7 @@ def sheet(setup: Setup, most: int = 6) -> list:
         drawn = by_attack.setdefault(record["attack"], [])
         if record["target"] == "erased" and record["case"] in cases:
             seeds = cases[record["case"]].seeds(record["attack"])
-            tried = zip(record["shots"], record["scores"], strict=True)
-            shot, scores = max(tried, key=lambda pair: max(pair[1]))
+            shot, scores = best_shot(record)
             seed = seeds[scores.index(max(scores))]
             with setup.models["erased"].on():
                 drawn += setup.models["erased"].draw(seeds=[seed], **shot)
@@ -448,10 +470,9 @@ def report(setup: Setup, began: float) -> None:
     for attack in dict.fromkeys(r["attack"] for r in records):
         results[attack] = {n: success(of(attack, n), threshold) for n in setup.models}
     text = [r for r in records if r["attack"] in UNION]
-    unions = {}
-    for name in setup.others if text else ():
-        broken = {r["case"] for r in text if r["target"] == name and best(r) > threshold}
-        unions[name] = judges.rate([float(case.name in broken) for case in setup.cases])
+    tried = [attack for attack in UNION if attack in results]
+    unions = {name: union(setup, tried, name) for name in setup.others}
+    unions = {name: found for name, found in unions.items() if found}
     unrelated = false_positives(setup)
     seconds = round(time.time() - began, 1)
     final = dict(about=setup.about, union_text_asr=unions, attacks=results)
@@ -463,7 +484,6 @@ def report(setup: Setup, began: float) -> None:
         for name, u in unions.items()
     )
     if unions:
-        tried = [attack for attack in UNION if attack in results]
         every = "all attacks that end as text" if len(tried) == len(UNION) else ", ".join(tried)
         headline = f"union over {every}: {headline}"
     rows = table(results, unrelated)
@@ -472,9 +492,10 @@ def report(setup: Setup, began: float) -> None:
     strongest = sorted([r for r in text if r["target"] == "erased"], key=best, reverse=True)
     strings = []
     for r in strongest[:20]:
-        shot = r["shots"][0]
-        found = " / ".join(f"`{shot[side]}`" for side in setup.models["erased"].sides)
-        strings.append(f"* {r['attack']} ({best(r):.2f}): {found}")
+        shot, _ = best_shot(r)
+        texts = [f"`{shot.pop(side)}`" for side in setup.models["erased"].sides]
+        settings = "".join(f", {name} {value}" for name, value in shot.items())
+        strings.append(f"* {r['attack']} ({best(r):.2f}): {' / '.join(texts)}{settings}")
     parts = dict(headline=headline, table="\n".join(lines), strings="\n".join(strings))
     page = REPORT.format(**setup.about, **parts)
     write_text(setup.out_dir / "report.md", page)
