@@ -308,6 +308,9 @@ def run(args) -> None:
     artefacts.write_json(args.out_dir / "config.json", config | used)
     evaluation = ["python", "evaluate.py", "--compare", str(args.out_dir), "--concept"]
     evaluation += [*args.concept, "--model", flags["model"]]
+    for name in ("kind", *models.CALL_FLAGS):
+        if vars(args)[name] is not None:
+            evaluation += [f"--{name}", str(vars(args)[name])]
     print(f"wrote {args.out_dir}/: {artefacts.listing(args.out_dir)}; {used}")
     print(f"next: {shlex.join(evaluation)}")
 

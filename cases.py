@@ -41,6 +41,7 @@ class Subject(NamedTuple):
     model: str
     call: dict  # what pipe(...) takes
     kind: str | dict | None = None  # see promptfiles.kinds_of()
+    neutral: str | None = None  # what it was erased to, where --neutral said it
 
 
 def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> Subject:
@@ -66,7 +67,7 @@ def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> S
     call = dict(config.get("call", {}))
     call |= {name: value for name, value in flags.items() if value is not None}
     call = models.sampler_call(model, models.pipeline_class(model), **call)
-    return Subject(concept, model, call, kind or config.get("kind"))
+    return Subject(concept, model, call, kind or config.get("kind"), config.get("neutral"))
 
 
 class Words(NamedTuple):
@@ -76,6 +77,7 @@ class Words(NamedTuple):
     vocabulary: dict  # {word: {kind, question, synonyms}}
     folder: Path  # prompt files
     kinds: dict = {}  # {concept that no vocabulary has: its kind}
+    neutral: str | None = None  # see Subject
 
     def others(self, prompt: str, kind: str) -> list[str]:
         """Words of that kind which the prompt names beside the concepts."""
@@ -87,13 +89,15 @@ def read_words(subject: Subject) -> Words:
     folder = models.prompt_folder(subject.model)
     spelled, vocabulary = read_vocabulary(folder, subject.concept, subject.kind)
     kinds = kinds_of(subject.concept, subject.kind, known_words(folder)).values()
-    return Words(spelled, vocabulary, folder, dict(zip(spelled, kinds, strict=True)))
+    kinds = dict(zip(spelled, kinds, strict=True))
+    return Words(spelled, vocabulary, folder, kinds, subject.neutral)
 
 
 def concept_rows(concept: str, words: Words, split: str = "test", file=None) -> list[dict]:
     """The concept's prompt pairs of one split, from `file`, its own file or templates."""
-    kind = words.kinds.get(concept)
-    return of_split(concept_pairs(concept, words.folder, file=file, kind=kind), split)
+    neutral = words.neutral if concept in words.concepts else None
+    how = dict(file=file, kind=words.kinds.get(concept), neutral=neutral)
+    return of_split(concept_pairs(concept, words.folder, **how), split)
 
 
 def nearest_words(concept: str, words: Words, clip) -> list[str]:

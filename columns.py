@@ -4,6 +4,7 @@ pictures out. A picture is drawn once and kept. foreign.py says what a path hold
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import artefacts
 import erase
 import foreign
 from artefacts import digest, erased_config, read_json, write_json
@@ -76,8 +78,10 @@ def picture_column(folder: Path, cases: list[Case], call: dict) -> Column:
     as many as there are cases, in their order, 2.png before 10.png. call: the sampler's arguments,
     which a cases.json may say too. Raises UserError."""
     told = read_json(folder / "cases.json")
-    if told.get("call", call) != call:
-        raise UserError(f"{folder}: its cases.json is of the call {told['call']}, not {call}")
+    said = told["call"] if isinstance(told.get("call"), dict) else told  # evaluate.py's own
+    drawn = call | {name: said[name] for name in call if name in said}
+    if drawn != call:
+        raise UserError(f"{folder}: its cases.json is of the call {drawn}, not {call}")
     listing = told.get("cases")
     rows = [row for row in listing if isinstance(row, dict)] if isinstance(listing, list) else []
     known = {row.get("file"): (row.get("prompt"), row.get("seed")) for row in rows}
@@ -155,12 +159,17 @@ def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], s
     if not masked:
         return controls, f"neither random nor soft gates: no mask in {names}"
     mask = random_mask(masked.gates)
-    weights = f"{masked.weights}, shuffled at each site"
-    controls.append(Column("random gates", out_dir / "random_gates", base.load, mask, weights))
+    weights = f"{masked.weights}, its gates shuffled at each site"
+    parts = foreign.parts_of(Path(masked.name))
+    erasures = [artefacts.load_erasure(part, base.load()) for part in parts]
+    lora = artefacts.Erasure(lora=artefacts.joined(*erasures).lora)
+    load = partial(artefacts.erased_copy, base.load(), lora) if lora.lora else base.load
+    controls.append(Column("random gates", out_dir / "random_gates", load, mask, weights))
     if not (Path(masked.name) / "state.safetensors").is_file():
         return controls, f"no soft gates: no state.safetensors in {names}"
     gates = soft_gates(Path(masked.name), masked.gates, base.load().transformer)
-    controls.append(Column("soft gates", out_dir / "soft_gates", base.load, gates, masked.weights))
+    weights = f"{masked.weights}, before thresholding"
+    controls.append(Column("soft gates", out_dir / "soft_gates", load, gates, weights))
     return controls, ""
 
 

@@ -239,7 +239,9 @@ def measure(evaluation: Evaluation, device) -> dict | None:
         figures = report.rates(scores[column.name], panel.threshold, results.get("base"))
         figures |= likeness(column, base, cases, panel, device)
         if panel.nudenet:
-            files = column.files([case for case in cases if case.set == "concept"])
+            asked = [case for case in cases if case.set == "concept"]
+            of_nudity = [case for case in asked if case.asks[0][1] == "nudity"]
+            files = column.files(of_nudity or asked)
             boxes = {file.name: panel.nudenet(file) for file in tqdm(files, "nudenet")}
             write_json(out_dir / f"nudenet_{slug(column.name)}.json", boxes)
             figures |= panel.nudenet.rates(list(boxes.values()))

@@ -64,7 +64,8 @@ def write_pairs(file: Path, rows: dict, words: Words, panel: Panel, pipe, **how)
     UserError."""
     (concept,) = words.concepts
     pairs = rows["train"]
-    kept = filter_pairs(pipe, pairs, words.vocabulary[concept]["question"], panel, **how)
+    question = panel.judge.form.format(words.vocabulary[concept]["question"])
+    kept = filter_pairs(pipe, pairs, question, panel, **how)
     print(
         f"{len(kept)} of {len(pairs)} training pairs show {concept} under the prompt and not under "
         "the neutral one",

@@ -80,6 +80,7 @@ def start(run: Run, line: list[str]) -> bool:
     if line == run.make:
         for old in (run.home / "eval" / slug(str(run.folder)), run.beside(".attacks")):
             shutil.rmtree(old, ignore_errors=True)
+        artefacts.write_json(run.beside(".json"), {})  # what was noted of the old one
     print(f"{time.strftime('%H:%M')} python {shlex.join(line)}\n", end="", flush=True)  # at once
     began = time.time()
     with open(run.beside(".log"), "a") as log:
@@ -133,6 +134,8 @@ def parse_args(argv=None):
         what = f"no table {wrong[0]!r}" if wrong else "which?"
         raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
     args.model = models.portable_name(args.model)
+    if "many" in args.tables and not models.is_embedded(args.model):
+        raise UserError(f"TABLE: many is of concepts of the embedded models, not of {args.model}")
     args.out = args.out / slug(args.model).removeprefix("tiny_")
     return args
 
@@ -147,7 +150,8 @@ def run(args) -> None:
     failed = 0
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"  # a second thread gains less than a second run
-    for table in args.tables or TABLES:
+    every = [table for table in TABLES if table != "many" or models.is_embedded(args.model)]
+    for table in args.tables or every:
         rows = planned(table, args)
         runs = {run.folder: run for _, _, run in rows}.values()
         if args.list:

@@ -96,6 +96,8 @@ def make_run(flags: str, concepts: tuple, seed: int, args) -> Run:
     words = flags.partition("{home}")[0].replace("--", "").split()
     name = "_".join(words).removeprefix("method_") or "ours"
     script = "baselines.py" if words[:1] == ["method"] else "erase.py"
+    if script == "erase.py" and not models.is_embedded(args.model) and "preset" not in words:
+        flags = f"--preset tiny {flags}"  # the default there is paper
     seed = 0 if script == "baselines.py" and words[1] in SEEDLESS else seed
     line = [script, "--concept", *concepts, *[word.format(home=home) for word in flags.split()]]
     line += ["--seed", str(seed), "--model", args.model, "--out_dir", str(home / f"{name}_{seed}")]

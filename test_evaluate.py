@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import erase
 import evaluate
 import families
 import models
+import pairfilter
 import probes
 from artefacts import check_folder, fingerprints, listing, save_mask, write_json
 from columns import random_mask, soft_gates
@@ -204,6 +206,29 @@ def test_names_and_neighbours_of_several_concepts():
     assert prompts and not [p for p in prompts if "a Taylor" in p or "Taylor Swift" not in p]
     about = {word: dict(kind="object", question=word) for word in ("van", "tree", "palm tree")}
     assert cases.nearest_words("tree", cases.Words(["tree"], about, HERE), clip) == ["van"]
+
+
+def test_neutral_and_question(erased, tmp_path, monkeypatch):
+    """Residue is measured to what --neutral said; the filter asks what the judge is to be asked."""
+    config = json.loads((erased / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | dict(neutral="lemon"))
+    (tmp_path / "mask.safetensors").write_text("")
+    for folder, neutral in ((erased, "nothing"), (tmp_path, "a lemon")):
+        words = cases.read_words(cases.read_subject([folder], None, None, {}))
+        rows = cases.concept_rows(words.concepts[0], words)
+        assert all(neutral in row["neutral_prompt"] for row in rows)
+    asked = []
+
+    def none_passes(pipe, rows, question, panel):
+        asked.append(question)
+        return []
+
+    monkeypatch.setattr(pairfilter, "filter_pairs", none_passes)
+    panel = SimpleNamespace(judge=SimpleNamespace(form="Is there {} in it?"))
+    words = words._replace(concepts=words.concepts[:1])
+    with pytest.raises(UserError, match="no pair passes"):
+        pairfilter.write_pairs(tmp_path / "x.csv", dict(train=rows), words, panel, None)
+    assert asked == ["Is there a gun in it?"]
 
 
 def test_compare_takes_baselines(erased, evaluation, tmp_path):

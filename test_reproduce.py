@@ -60,6 +60,16 @@ def test_a_table(tmp_path, monkeypatch, capsys):
     took = json.loads((tmp_path / "out/flux/gun/ours_1.json").read_text())
     assert list(took) == ["erase.py", "evaluate.py"] and took["erase.py"]["gib"] > 0
     assert "seconds" not in took["erase.py"]  # it was begun twice
+    again = next(run for *_, run in reproduce.planned("topics", args) if run.make[4] == "1")
+    shutil.rmtree(again.folder)
+    assert not reproduce.start(again, again.make)  # killed; what was measured before is not of it
+    assert [line[0] for line in reproduce.commands("topics", again, args)] == [
+        "erase.py",
+        "evaluate.py",
+    ]
+    (again.folder / "mask.safetensors").write_text("")
+    assert [line[0] for line in reproduce.commands("topics", again, args)] == ["evaluate.py"]
+    reproduce.run(args)
     shutil.rmtree(tmp_path / "out/flux/gun/ours_0")
 
     def missing(table):
@@ -86,8 +96,13 @@ def test_every_table_is_planned(tmp_path, capsys):
     rows = reproduce.planned("topics", args)
     assert [variant for variant, _, _ in rows].count("uce") == 1  # a closed form has no seed
     assert [variant for variant, _, _ in rows].count("esd") == 3
+    args.model = "black-forest-labs/FLUX.1-schnell"  # whose default preset is the paper's
+    for table in tables.TABLES.keys() - {"many", "topics"}:
+        made = [run.make for *_, run in reproduce.planned(table, args)]
+        assert all("--preset" in line for line in made if line[:1] == ["erase.py"]), table
     for wrong, error in (
         (["nix"], "TABLE: no table 'nix'"),
+        (["many", "--model", args.model], "TABLE: many is of concepts of the embedded models"),
         (["topics", "--model", "tiny/nix"], "--model: tiny/nix"),
         (["topics", "--concepts", "gun", "nix"], "--concepts: 'nix'"),
     ):
