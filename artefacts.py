@@ -34,7 +34,7 @@ from sites import MODULES, fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 3"
 # Flags without a place in config.json, and those that a resumed run may change: what is learnt is
-# the same. refit and refit_rank come after all training.
+# the same. refit and refit_rank come after all training, unless one goes on from a composed fit.
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
 FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile", "refit")
 FREE += ("refit_rank",)
@@ -83,6 +83,12 @@ def fingerprints(pipe) -> dict[str, str]:
 
 def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def digests(folder: Path) -> str:
+    """Of an erased folder's mask and LoRA: what tells it from any other."""
+    files = [folder / f"{name}.safetensors" for name in ("mask", "heal")]
+    return " ".join(digest(file) for file in files if file.is_file())
 
 
 def write_json(path: Path, value) -> None:
@@ -201,9 +207,20 @@ def load_erased(*folders, device=None, dtype=None):
     bases = {models.recorded(erased_config(folder)) for folder in folders}
     if len(bases) > 1:
         raise UserError(f"{folder}: of another base than {folders[0]}: {', '.join(sorted(bases))}")
+    check_apart(folders)
     pipe = models.load_pipeline(bases.pop(), device, dtype)
     apply(pipe.transformer, joined(*[load_erasure(folder, pipe) for folder in folders]))
     return pipe
+
+
+def check_apart(folders: list[Path]) -> None:
+    """Raises UserError where one of them is in another already: its LoRA would count twice."""
+    named = {folder.resolve() for folder in folders}
+    for folder in folders:
+        config = erased_config(folder)
+        for name in (*config.get("parts", {}), config.get("on")):
+            if name and Path(models.local_name(name)).resolve() in named:
+                raise UserError(f"{folder}: {name} is in it already; leave one of them out")
 
 
 def base_of(model: str | None, device: str) -> tuple[str, str | None]:
@@ -391,14 +408,11 @@ def run_config(flags: dict, call: dict) -> dict:
         config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
         kinds = kinds_in([before]) | kinds
         config["heal"] = max(flags["heal"], before.get("heal", 0))
-        config["on_mask"] = digest(folder / "mask.safetensors")
+        config["on_mask"] = digests(folder)
     config["kind"] = kinds or None
     del config["compose"], config["restore"]
     if flags["compose"]:
-        parts = {
-            models.portable_name(str(f)): digest(f / "mask.safetensors") for f in flags["compose"]
-        }
-        config["parts"] = parts
+        config["parts"] = {models.portable_name(str(f)): digests(f) for f in flags["compose"]}
     config |= dict(device_type=torch.device(flags["device"]).type)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return config | dict(versions=versions)
@@ -527,8 +541,10 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others:
         before = read_config(out_dir)
         if not before:
             raise UserError(f"--resume: no run to go on with in {out_dir} (no config.json)")
+        is_fit_first = config.get("parts") and config["heal_steps"]
+        free = [flag for flag in FREE if not (is_fit_first and flag.startswith("refit"))]
         for flag, value in config.items():
-            if flag not in FREE and before.get(flag) != value:
+            if flag not in free and before.get(flag) != value:
                 found = f"was {before.get(flag)}, now {value}"
                 if flag == "versions":
                     raise UserError(f"--resume: the versions of packages: {found}; install those")

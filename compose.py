@@ -36,7 +36,7 @@ def parts_of(folders: list[Path], restore=()) -> list[Path]:
         check_prompts(folder, config)
         for name, known in config.get("parts", {}).items():
             file = Path(models.local_name(name)) / "mask.safetensors"
-            if not file.is_file() or artefacts.digest(file) != known:
+            if not file.is_file() or artefacts.digests(file.parent) != known:
                 raise UserError(f"--compose: {name}, a part of {folder}, is gone or has changed")
             concepts = artefacts.erased_config(file.parent)["concept"]
             parts.setdefault(file.parent.resolve(), (file.parent, concepts))
@@ -60,11 +60,13 @@ def check_prompts(folder: Path, config: dict) -> None:
     """Raises UserError for a run on top of another, where one had other prompts than its words
     give: they are recorded of the last alone."""
     runs = []
-    run = config
-    while run and run not in runs:  # else they stand on each other in a circle
-        runs.append(run)
-        below = run.get("on")
-        run = artefacts.read_config(Path(models.local_name(below))) if below else None
+    below = [config]
+    while below:
+        run = below.pop()
+        if run not in runs:  # else they stand on each other in a circle
+            runs.append(run)
+            names = [*run.get("parts", {}), *([run["on"]] if run.get("on") else [])]
+            below += [artefacts.read_config(Path(models.local_name(name))) for name in names]
     has_own = [run.get("prompts") or run.get("neutral") is not None for run in runs]
     if config.get("on") and any(has_own):
         found = f"{folder} stands on {config['on']}, and one of them has prompts of its own"
@@ -111,7 +113,13 @@ def rows_of_parts(args, folder: Path) -> list[promptfiles.Rows]:
 def training_rows(args, folder: Path) -> promptfiles.Rows:
     """Those that the parts were trained on, or, without parts, what the flags ask for."""
     if args.compose:
-        return promptfiles.together(rows_of_parts(args, folder), args.concept)
+        each = rows_of_parts(args, folder)
+        rows = promptfiles.together(each, args.concept)
+        for part, own in zip(args.compose, each):
+            if not any(row in rows.pairs for row in own.pairs):
+                found = f"every neutral prompt of {part} names what is to be erased beside it"
+                raise UserError(f"--compose: {found}")
+        return rows
     return promptfiles.training_rows(
         folder, **{name: getattr(args, name) for name in promptfiles.FLAGS}
     )

@@ -89,6 +89,7 @@ def find_ours(folders: list[Path], base) -> Found:
         if not artefacts.erased_config(folder):
             raise UserError(f"{folder}: no folder that erase.py wrote; + joins only these")
         files += [folder / f"{name}.safetensors" for name in ("mask", "heal")]
+    artefacts.check_apart(folders)
     erasure = artefacts.joined(*[artefacts.load_erasure(folder, base) for folder in folders])
     weights = " ".join(artefacts.digest(file) for file in files if file.is_file())
     form = f"{artefacts.closed_of(erasure.mask)} gates closed"

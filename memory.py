@@ -35,7 +35,7 @@ def load_of(pipeline_class, call: dict) -> Load:
         guided = given["true_cfg_scale"] > 1 and given["negative_prompt"] is not None
     else:  # FLUX.2 [dev] hands the scale to its transformer
         least = 0 if name.startswith(("ZImage", "Krea2")) else 1
-        guided = given["guidance_scale"] > least and name != "Flux2Pipeline"
+        guided = (given.get("guidance_scale") or 0) > least and name != "Flux2Pipeline"
     rows, calls = 1, given["num_inference_steps"]
     if guided and name.startswith(ONE_BATCH):
         rows = 2
@@ -91,13 +91,13 @@ def forward_flops(transformer, load: Load) -> int:
     return total
 
 
-def block_needs(block, name: str, gated_layers: set, load: Load, itemsize: int) -> tuple:
+def block_needs(block, name: str, gated_layers: set, lora: set, load: Load, itemsize) -> tuple:
     """(what autograd keeps of a block, its inputs, what its backward takes for a while): numbers
     for one row of a batch.
 
     Frozen layers keep nothing themselves. But what they make goes into normalisations, activations
     and attention, which keep 1.5 numbers for each of their outputs (counted: 1.35 in FLUX.1 to 1.7
-    in Z-Image). Gates keep what they multiply.
+    in Z-Image). Gates keep what they multiply, a LoRA what its layer reads, in fp32.
     """
     linear = linear_layers(block, name, load)
     _, inner, of_picture = next(iter(linear.values()))
@@ -108,8 +108,13 @@ def block_needs(block, name: str, gated_layers: set, load: Load, itemsize: int) 
         tokens = load.text_tokens if TEXT.search(path) else of_picture
         if path in linear:
             outputs, inputs, tokens = linear[path]
-            kept += tokens * (1.5 * outputs + inputs * (path in gated_layers))
-        elif path in gated_layers:  # the text's AdaLN: what its scales and gates multiply
+            copies = float(path in gated_layers)
+            if path in lora:
+                copies = copies + 4 / itemsize if itemsize < 4 else 1.0
+            kept += tokens * (1.5 * outputs + inputs * copies)
+        elif (
+            path in gated_layers or path in lora
+        ):  # the text's AdaLN: what its scales and gates multiply
             kept += tokens * inner * 4
         elif type(layer) is RMSNorm and itemsize < 4:  # diffusers' own squares a copy in fp32
             kept += tokens * inner * 4 / itemsize
@@ -134,13 +139,14 @@ def memory_needed(
 
     sites: what is gated, by gate_sites; itemsize: bytes of a stored weight, and of what is
     computed; checkpoint: a mode of recompute.py; lora: names of layers that learn a LoRA, of
-    lora_size numbers in all, which keeps their inputs too; the others: the flags of erase.py.
+    lora_size numbers in all; the others: the flags of erase.py.
     """
-    gated_layers = set(lora)
+    gated_layers = set()
     for site in sites.values():
         gated_layers.update([site.consumer] if site.consumer else site.producers)
     blocks = blocks_of(transformer)
-    needs = [block_needs(b, name, gated_layers, load, itemsize) for name, b in blocks.items()]
+    keeping = gated_layers, set(lora), load, itemsize
+    needs = [block_needs(block, name, *keeping) for name, block in blocks.items()]
     kept, inputs, backward = zip(*needs, strict=True)
     block_by_block = checkpoint in ("block", "both")
     calls = 1 if checkpoint in ("step", "both") else load.calls

@@ -438,6 +438,8 @@ def collate(encoded: list):
 
 def remember_prompts(pipe) -> None:
     """Makes pipe.encode_prompt encode each prompt once, by itself, and keep it on the CPU."""
+    if getattr(pipe, "pe", None) is not None:
+        pipe.pe = None  # ERNIE-Image's, which writes each prompt anew before it is encoded
     stock = pipe.encode_prompt
     signature = inspect.signature(stock)
     known = {}

@@ -493,6 +493,18 @@ def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
         shutil.copytree(parts[1], tmp_path / name)
         config = json.loads((parts[1] / "config.json").read_text()) | dict(neutral="a gun") | about
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+    mix = tmp_path / "mix"  # a composed folder with a part of its own neutral prompts, and on it
+    for folder, about in ((mix, dict(parts={str(tmp_path / "to_guns"): ""})), (None, dict(on=mix))):
+        folder = folder or tmp_path / "stacked"
+        shutil.copytree(parts[1], folder)
+        config = json.loads((parts[1] / "config.json").read_text()) | about
+        (folder / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(UserError, match="gun is in it already; leave one of them out"):
+        artefacts.load_erased(both, parts[0])
+    shutil.copytree(both, tmp_path / "killed")
+    (tmp_path / "killed/mask.safetensors").unlink()
+    line = ["--compose", *parts, *short, "--out_dir", tmp_path / "killed", "--resume"]
+    assert "--resume: --refit was 0.01, now 0.0" in refused(capsys, *line, "--refit", "0")
     dry = ["--dry_run", "--out_dir", tmp_path / "no"]
     there = "/".join(("..", Path(both).parent.name, "both"))  # the same by another name
     args = erase.parse_args([*map(str, ("--compose", both, parts[0], tmp_path / there))])
@@ -509,10 +521,14 @@ def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
             ["--compose", parts[0], tmp_path / "second"],
             "second stands on erased/x, and one",
         ),
+        (["--compose", parts[0], tmp_path / "stacked"], f"stacked stands on {mix}, and one"),
+        (["--compose", *parts, tmp_path / "to_guns"], "to_guns names what is to be erased beside"),
         (["--concept", "gun", "--restore", "gun"], "--restore: goes with --compose"),
         ([], "the following arguments are required: --concept"),
     ):
         assert wanted in refused(capsys, *line, *dry), line
+    (parts[1] / "heal.safetensors").write_text("")  # the same mask, another LoRA
+    assert "is gone or has changed" in refused(capsys, "--compose", both, *dry)
     shutil.rmtree(parts[1])
     assert "is gone or has changed" in refused(capsys, "--compose", both, *dry)
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import erase
 import fullsize
+import heal
 import lowmem
 import memory
 import models
@@ -80,6 +81,25 @@ def test_memory_estimate(family, modules, size, error):
             gradients(pipe, call, gates_of(pipe.transformer, torch.ones, modules), mode)
         ratios.append(round(said / real.peak, 2))
     assert all(1 - error < ratio < 1 + error for ratio in ratios), ratios
+
+
+@pytest.mark.parametrize("mode", ["none", "step", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_memory_estimate_of_a_lora(dtype, mode):
+    """It is within 20 % while a LoRA learns under gates that are fixed."""
+    pipe, call = made("schnell", height=128, width=128)
+    transformer = pipe.to(dtype).transformer
+    flat = heal.start(transformer, 4, 0).requires_grad_()
+    lora = heal.as_lora(flat, heal.shapes_of(transformer, 4))
+    gates = gates_of(transformer, torch.ones, ("ffn", "norm"))
+    load = memory.load_of(type(pipe), call)
+    how = dict(sites=erase.gate_sites(transformer), load=load, pictures=2, checkpoint=mode)
+    how |= dict(lora=lora, itemsize=dtype.itemsize)
+    said = memory.memory_needed(transformer, **how) - 2**30
+    said -= sum(p.nbytes for p in transformer.parameters())
+    with Allocated() as real, heal.adapted(transformer, lora), erase.gated(transformer, gates):
+        erase.rollout_backward(pipe, PROMPTS, [0, 1], square_mean, mode, **call)
+    assert 0.8 < said / real.peak < 1.2, said / real.peak
 
 
 @pytest.mark.parametrize("family", FAMILIES)
