@@ -2,6 +2,7 @@
 autograd, finite differences, weights folded in."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,3 +213,10 @@ def test_number_of_gates_of_full_size_flux():
     with torch.device("meta"):
         flux = FluxTransformer2DModel(**sizes, guidance_embeds=False)
     assert units_of(flux) == (466_944, 350_208, 116_736, 57 * 24, 38 * 12_288)
+
+
+def test_prompts_stay_as_they_are():
+    """ERNIE-Image's model that writes prompts anew, each time otherwise, is left out."""
+    pipe = SimpleNamespace(pe="writes", encode_prompt=lambda prompt: None)
+    models.remember_prompts(pipe)
+    assert pipe.pe is None
