@@ -3,6 +3,7 @@ CPU memory, compiled blocks."""
 
 import functools
 import itertools
+import os
 from importlib.util import find_spec
 
 import psutil
@@ -70,7 +71,8 @@ def plan(
     layers learn a LoRA of how many numbers.
 
     On a CPU everything counts, and --quantize and --offload save nothing. Raises UserError for
-    flags that do not go together, and, with what would fit, if nothing does.
+    flags that do not go together, and, with what would fit, if nothing does. Processes of torchrun
+    on one host share its memory evenly.
     """
     check_combination(checkpoint=checkpoint, quantize=quantize, offload=offload, compile=compile)
     modes = [checkpoint]
@@ -79,10 +81,12 @@ def plan(
     counts = [micro_batch] if micro_batch else MICRO_BATCHES
     itemsize = default_dtype(device, transformer).itemsize
     encoders = itemsize * sum(size for part, size in others.items() if "text" in part)
-    free, free_of_host = free_memory(device), free_memory("cpu")
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun on this host
+    free, free_of_host = free_memory(device), free_memory("cpu") // sharing
     beside = 0
     if is_cpu(device):
         quantize, offload = "none", False
+        free = free_of_host
         beside = itemsize * sum(others.values())
     load = memory.load_of(pipeline_class, call)
     needed = functools.partial(memory.memory_needed, transformer, sites=sites, load=load)

@@ -177,6 +177,22 @@ def plan(pipe, monkeypatch):
     return plan, needs
 
 
+def test_processes_share_a_host(pipe, plan, monkeypatch):
+    """What one process just gets, two do not: of the CPU's memory, for --offload too."""
+    plan, needs = plan
+    of_blocks = memory.block_bytes(pipe.transformer, 4)
+    offloaded = dict(device="cuda", host=2 * of_blocks - 1, checkpoint="both", offload=True)
+    for count in (1, 2):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        if count == 1:
+            assert plan(2 * needs("none") - 1)[0]["checkpoint"] == "none"
+            plan(needs("both"), **offloaded)
+        else:
+            assert plan(2 * needs("none") - 1)[0]["checkpoint"] != "none"
+            with pytest.raises(UserError, match="--offload: needs about"):
+                plan(needs("both"), **offloaded)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_plan(device, plan):
     """With less and less free memory auto goes from no recompute to steps, blocks and both, each
