@@ -156,7 +156,6 @@ def prepare(
     columns = [Column("base", out_dir / "base", lambda: pipe, weights=weights)]
     for path in paths:
         columns.append(make_column(path, out_dir, pipe, cases, subject.call, args.lora_scale))
-    loras.check_scale(args.lora_scale, [column.form for column in columns[1:]])
     controls = []
     if args.controls:
         controls, lacking = make_controls(columns, out_dir)
@@ -414,6 +413,8 @@ def run(args) -> None:
     nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 else None
     how = dict(args=args, dtype=dtype, nudenet=nudenet)
     evaluations = [prepare(*what, **how) for what in asked]
+    forms = [column.form for evaluation in evaluations for column in evaluation.columns[1:]]
+    loras.check_scale(args.lora_scale, forms)
 
     workers.wait_for_everyone()  # all have looked
     results = {}
