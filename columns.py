@@ -78,7 +78,7 @@ def picture_column(folder: Path, cases: list[Case], call: dict) -> Column:
     as many as there are cases, in their order, 2.png before 10.png. call: the sampler's arguments,
     which a cases.json may say too. Raises UserError."""
     told = read_json(folder / "cases.json")
-    said = told["call"] if isinstance(told.get("call"), dict) else told  # evaluate.py's own
+    said = told["call"] if isinstance(told.get("call"), dict) else told  # flat: evaluate.py's own
     drawn = call | {name: said[name] for name in call if name in said}
     if drawn != call:
         raise UserError(f"{folder}: its cases.json is of the call {drawn}, not {call}")

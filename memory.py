@@ -110,11 +110,10 @@ def block_needs(block, name: str, gated_layers: set, lora: set, load: Load, item
             outputs, inputs, tokens = linear[path]
             copies = float(path in gated_layers)
             if path in lora:
-                copies = copies + 4 / itemsize if itemsize < 4 else 1.0
+                copies = copies + 4 / itemsize if itemsize < 4 else 1.0  # fp32 is no copy
             kept += tokens * (1.5 * outputs + inputs * copies)
-        elif (
-            path in gated_layers or path in lora
-        ):  # the text's AdaLN: what its scales and gates multiply
+        elif path in gated_layers or path in lora:
+            # the text's AdaLN: what its scales and gates multiply
             kept += tokens * inner * 4
         elif type(layer) is RMSNorm and itemsize < 4:  # diffusers' own squares a copy in fp32
             kept += tokens * inner * 4 / itemsize
