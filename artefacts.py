@@ -214,8 +214,11 @@ def load_erased(*folders, device=None, dtype=None):
 
 
 def check_apart(folders: list[Path]) -> None:
-    """Raises UserError where one of them is in another already: its LoRA would count twice."""
+    """Raises UserError where one of them is named twice, or is in another already: its LoRA would
+    count twice."""
     named = {folder.resolve() for folder in folders}
+    if len(named) < len(folders):
+        raise UserError(f"one of the folders is named twice: {', '.join(map(str, folders))}")
     for folder in folders:
         config = erased_config(folder)
         for name in (*config.get("parts", {}), config.get("on")):

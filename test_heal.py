@@ -501,6 +501,8 @@ def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
         (folder / "config.json").write_text(json.dumps(config, default=str))
     with pytest.raises(UserError, match="gun is in it already; leave one of them out"):
         artefacts.load_erased(both, parts[0])
+    with pytest.raises(UserError, match="one of the folders is named twice"):
+        artefacts.load_erased(parts[0], parts[0])
     shutil.copytree(both, tmp_path / "killed")
     (tmp_path / "killed/mask.safetensors").unlink()
     line = ["--compose", *parts, *short, "--out_dir", tmp_path / "killed", "--resume"]
