@@ -34,10 +34,10 @@ from sites import MODULES, fold, gate_sites
 
 MASK_FORMAT = "minimalist-concept-erasure mask 3"
 # Flags without a place in config.json, and those that a resumed run may change: what is learnt is
-# the same. refit and refit_rank come after all training, unless one goes on from a composed fit.
+# the same. FITTED come after all training, unless that goes on from a fit of composed folders.
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
-FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile", "refit")
-FREE += ("refit_rank",)
+FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
+FITTED = ("refit", "refit_rank")
 
 
 def add_flags(parser) -> None:
@@ -176,6 +176,11 @@ def load_erasure(folder: Path, pipe) -> Erasure:
     return Erasure(mask, modules, heal.load(file, pipe.transformer, fingerprints(pipe), mask))
 
 
+def load_erasures(folders: list[Path], pipe) -> Erasure:
+    """Of several erased folders together."""
+    return joined(*[load_erasure(folder, pipe) for folder in folders])
+
+
 def apply(transformer, erasure: Erasure) -> None:
     """In place. The mask is folded last, so that closed neurons' weights are 0 on both sides."""
     heal.merge(transformer, erasure.lora)
@@ -209,7 +214,7 @@ def load_erased(*folders, device=None, dtype=None):
         raise UserError(f"{folder}: of another base than {folders[0]}: {', '.join(sorted(bases))}")
     check_apart(folders)
     pipe = models.load_pipeline(bases.pop(), device, dtype)
-    apply(pipe.transformer, joined(*[load_erasure(folder, pipe) for folder in folders]))
+    apply(pipe.transformer, load_erasures(folders, pipe))
     return pipe
 
 
@@ -544,8 +549,7 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others:
         before = read_config(out_dir)
         if not before:
             raise UserError(f"--resume: no run to go on with in {out_dir} (no config.json)")
-        is_fit_first = config.get("parts") and config["heal_steps"]
-        free = [flag for flag in FREE if not (is_fit_first and flag.startswith("refit"))]
+        free = FREE if config.get("parts") and config["heal_steps"] else FREE + FITTED
         for flag, value in config.items():
             if flag not in free and before.get(flag) != value:
                 found = f"was {before.get(flag)}, now {value}"

@@ -161,9 +161,8 @@ def make_controls(columns: list[Column], out_dir: Path) -> tuple[list[Column], s
     mask = random_mask(masked.gates)
     weights = f"{masked.weights}, its gates shuffled at each site"
     parts = foreign.parts_of(Path(masked.name))
-    erasures = [artefacts.load_erasure(part, base.load()) for part in parts]
-    lora = artefacts.Erasure(lora=artefacts.joined(*erasures).lora)
-    load = partial(artefacts.erased_copy, base.load(), lora) if lora.lora else base.load
+    erasure = artefacts.load_erasures(parts, base.load())._replace(mask={})
+    load = partial(artefacts.erased_copy, base.load(), erasure)
     controls.append(Column("random gates", out_dir / "random_gates", load, mask, weights))
     if not (Path(masked.name) / "state.safetensors").is_file():
         return controls, f"no soft gates: no state.safetensors in {names}"

@@ -84,14 +84,12 @@ def find(path: Path, base, lora_scale: float | None = None) -> Found:
 
 def find_ours(folders: list[Path], base) -> Found:
     """What erase.py wrote, put together as artefacts.load_erased() does it."""
-    files = []
     for folder in folders:
         if not artefacts.erased_config(folder):
             raise UserError(f"{folder}: no folder that erase.py wrote; + joins only these")
-        files += [folder / f"{name}.safetensors" for name in ("mask", "heal")]
     artefacts.check_apart(folders)
-    erasure = artefacts.joined(*[artefacts.load_erasure(folder, base) for folder in folders])
-    weights = " ".join(artefacts.digest(file) for file in files if file.is_file())
+    erasure = artefacts.load_erasures(folders, base)
+    weights = " ".join(map(artefacts.digests, folders))
     form = f"{artefacts.closed_of(erasure.mask)} gates closed"
     if not erasure.lora:
         return Found(form, weights, lambda: base, erasure.mask)

@@ -163,9 +163,9 @@ def open_model(pipe, *arguments):
     return KINDS[type(pipe)](pipe, *arguments)
 
 
-def check_family(model: str, call: dict, what: str) -> None:
-    """Raises UserError, which begins with `what`, unless it can be opened, and one call of the
-    transformer a step samples it."""
+def check_family(model: str, call: dict, what: str) -> type:
+    """The pipeline's class. Raises UserError, which begins with `what`, unless it can be opened,
+    and one call of the transformer a step samples it."""
     kind = models.pipeline_class(model, what)
     if kind not in KINDS:
         names = ", ".join(known.__name__ for known in KINDS)
@@ -173,3 +173,4 @@ def check_family(model: str, call: dict, what: str) -> None:
     load = load_of(kind, dict(height=16, width=16) | call | dict(num_inference_steps=1))
     if load.rows * load.calls > 1:
         raise UserError(f"{what}: is sampled with two passes a step, which attacks do not open")
+    return kind

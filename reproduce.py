@@ -134,8 +134,10 @@ def parse_args(argv=None):
         what = f"no table {wrong[0]!r}" if wrong else "which?"
         raise UserError(f"TABLE: {what}; there are {', '.join(TABLES)}")
     args.model = models.portable_name(args.model)
-    if "many" in args.tables and not models.is_embedded(args.model):
+    is_small = models.is_embedded(args.model)
+    if "many" in args.tables and not is_small:
         raise UserError(f"TABLE: many is of concepts of the embedded models, not of {args.model}")
+    args.tables = args.tables or [table for table in TABLES if table != "many" or is_small]
     args.out = args.out / slug(args.model).removeprefix("tiny_")
     return args
 
@@ -150,8 +152,7 @@ def run(args) -> None:
     failed = 0
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"  # a second thread gains less than a second run
-    every = [table for table in TABLES if table != "many" or models.is_embedded(args.model)]
-    for table in args.tables or every:
+    for table in args.tables:
         rows = planned(table, args)
         runs = {run.folder: run for _, _, run in rows}.values()
         if args.list:

@@ -494,11 +494,11 @@ def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
         config = json.loads((parts[1] / "config.json").read_text()) | dict(neutral="a gun") | about
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     mix = tmp_path / "mix"  # a composed folder with a part of its own neutral prompts, and on it
-    for folder, about in ((mix, dict(parts={str(tmp_path / "to_guns"): ""})), (None, dict(on=mix))):
-        folder = folder or tmp_path / "stacked"
-        shutil.copytree(parts[1], folder)
+    stacks = dict(mix=dict(parts={str(tmp_path / "to_guns"): ""}), stacked=dict(on=str(mix)))
+    for name, about in stacks.items():
+        shutil.copytree(parts[1], tmp_path / name)
         config = json.loads((parts[1] / "config.json").read_text()) | about
-        (folder / "config.json").write_text(json.dumps(config, default=str))
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="gun is in it already; leave one of them out"):
         artefacts.load_erased(both, parts[0])
     with pytest.raises(UserError, match="one of the folders is named twice"):

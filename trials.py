@@ -230,12 +230,11 @@ def prepare(
     is_ours = artefacts.erased_config(foreign.parts_of(erased)[0])
     named = None if is_ours or not concept else [concept]
     subject = read_subject([erased], named, model, call or {}, kind)
-    check_family(subject.model, subject.call, str(erased))
+    family = check_family(subject.model, subject.call, str(erased))
     if oracle:
-        check_family(str(oracle), subject.call, "--oracle")
-        kinds = [models.pipeline_class(name) for name in (str(oracle), subject.model)]
-        if kinds[0] is not kinds[1]:
-            found = f"{oracle} is a {kinds[0].__name__}, the base a {kinds[1].__name__}"
+        other = check_family(str(oracle), subject.call, "--oracle")
+        if other is not family:
+            found = f"{oracle} is a {other.__name__}, the base a {family.__name__}"
             raise UserError(f"--oracle: {found}")
     artefacts.check_writable(out_dir)
 
