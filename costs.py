@@ -26,8 +26,8 @@ PASSES = dict(none=2, step=2.75, block=3, both=3.75, two=4)
 PROMPT = "a gun on a red background"
 
 
-def square_mean(final):
-    return final.float().square().mean()
+def square_mean(path):
+    return path[-1].float().square().mean()
 
 
 def open_gates(pipe) -> dict:
@@ -49,7 +49,7 @@ def two_backward(pipe, gates: dict, prompts, seeds, **call) -> None:
     with torch.no_grad(), pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True):
         final = erase.rollout(pipe, prompts, seeds, **call)
     final.requires_grad_()
-    (gradient,) = torch.autograd.grad(square_mean(final), final)
+    (gradient,) = torch.autograd.grad(square_mean([final]), final)
     sizes = pipe.scheduler.sigmas.diff().tolist()
     for inputs, size in zip(reversed(steps), reversed(sizes), strict=True):
         x = inputs["hidden_states"].detach().requires_grad_()

@@ -8,14 +8,14 @@ the whole sampler, gradient descent on the gates' logits minimises
     + beta E |F(gates, noise, prompt) - F(open, noise, prompt)|^2      preserve_loss: without it
     + beta x what closing each gate alone would do (harm_of_closing), a term that fades out
 
-end to end through all sampling steps. By the same losses a LoRA then learns (heal.py), and is
-fitted again to harm nothing else (refit.py). It is added to the weights, then those of closed
-neurons are zeroed: a plain state dict. The sampler is the pipeline's own __call__: this file knows
-nothing of a model's schedule, guidance or latents. "differs from paper" marks what is ours, such as
-the third term and the LoRA.
+end to end through all sampling steps. Then a LoRA learns the same (heal.py), from the latents
+after every step, and is fitted again to harm nothing else (refit.py). It is added to the weights,
+then those of closed neurons are zeroed: a plain state dict. The sampler is the pipeline's own
+__call__: this file knows nothing of a model's schedule, guidance or latents. "differs from paper"
+marks what is ours, such as the third term and the LoRA.
 
 A site is a layer at which gates multiply. Shapes: B pictures, U units (neurons) of a site, G gates
-of all sites in a row, N cases; latents are (B, ...).
+of all sites in a row, N cases; latents are (B, ...), a path is a list of them, one a step.
 
     python erase.py --concept gun
 """
@@ -97,14 +97,14 @@ def split(flat, sites: dict) -> dict:
     return dict(zip(sites, flat.split(sizes, dim=-1), strict=True))
 
 
-def rollout(pipe, prompts, seeds, **call) -> torch.Tensor:
-    """Final latents (B, ...) by the pipeline's own sampler, with gradients unless under no_grad.
-    prompts, seeds: B of each; a seed means the same noise on every device and in any batch.
-    call: what pipe(...) takes, such as height, num_inference_steps, guidance_scale."""
-    latents = []
+def rollout_path(pipe, prompts, seeds, **call) -> list:
+    """Latents (B, ...) after each step of the pipeline's own sampler, with gradients unless under
+    no_grad. prompts, seeds: B of each; a seed means the same noise on every device and in any
+    batch. call: what pipe(...) takes, such as height, num_inference_steps, guidance_scale."""
+    path = []
 
     def keep(pipe, step, timestep, tensors):
-        latents[:] = [tensors["latents"]]
+        path.append(tensors["latents"])
         return {}
 
     if isinstance(call.get("negative_prompt"), str):
@@ -112,17 +112,22 @@ def rollout(pipe, prompts, seeds, **call) -> torch.Tensor:
     sample = type(pipe).__call__.__wrapped__  # without its torch.no_grad()
     call |= dict(prompt=list(prompts), output_type="latent", callback_on_step_end=keep)
     sample(pipe, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **call)
-    return latents[0]
+    return path
 
 
-def rollout_backward(pipe, prompts, seeds, loss_of_final, checkpoint="step", **call):
-    """Adds the gradient of loss_of_final(final latents) to all that the rollout hangs on; what is
-    computed again for it, `checkpoint` says. Returns (loss, final latents), detached."""
+def rollout(pipe, prompts, seeds, **call) -> torch.Tensor:
+    """Final latents (B, ...)."""
+    return rollout_path(pipe, prompts, seeds, **call)[-1]
+
+
+def rollout_backward(pipe, prompts, seeds, loss_of_path, checkpoint="step", **call):
+    """Adds the gradient of loss_of_path(path) to all that the rollout hangs on; what is computed
+    again for it, `checkpoint` says. Returns (loss, path), detached."""
     with recompute.checkpointed(pipe, checkpoint, call):
-        final = rollout(pipe, prompts, seeds, **call)
-        loss = loss_of_final(final)
+        path = rollout_path(pipe, prompts, seeds, **call)
+        loss = loss_of_path(path)
         loss.backward()
-    return loss.detach(), final.detach()
+    return loss.detach(), [latents.detach() for latents in path]
 
 
 # Noise seeds of training, and of the figures after it: far from any evaluation seed.
@@ -130,34 +135,40 @@ TRAIN_NOISE = 2**40
 HELD_OUT_NOISE = 2**40 + 2**21
 
 
-def squared_error(final, target) -> torch.Tensor:
+def squared_error(latents, target) -> torch.Tensor:
     """(B,) the paper's squared norm, as a mean over a picture's latents (B, ...)."""
-    return (final.float() - target.float()).square().flatten(1).mean(1)
+    return (latents.float() - target.float()).square().flatten(1).mean(1)
+
+
+def final_error(path, target) -> torch.Tensor:
+    """(B,) squared errors of the final latents, those that are decoded."""
+    return squared_error(path[-1], target[-1])
 
 
 def case_errors(
-    pipe, cases, seeds, gates, weights, lora=None, *, call, micro_batch=16, checkpoint="step"
-):
-    """(N,) squared errors on N cases (prompt, base prompt): the final latents of the model with
-    these gates and, if any, this LoRA for the one, against the base's for the other, from the same
-    noise. Unless under no_grad, the gradient of their sum, weighted by weights (N,), is added to
-    that of the gates or the LoRA. call: the sampler's arguments."""
+    pipe, cases, seeds, gates, weights, lora=None, *, call, error_of=final_error, micro_batch=16,
+    checkpoint="step",
+):  # fmt: skip
+    """(N,) errors on N cases (prompt, base prompt): error_of the path of the model with these gates
+    and, if any, this LoRA for the one, and the base's for the other, from the same noise. Unless
+    under no_grad, the gradient of their sum, weighted by weights (N,), is added to that of the
+    gates or the LoRA. call: the sampler's arguments."""
     errors = []
     for start in range(0, len(cases), micro_batch):
         part = slice(start, start + micro_batch)
         prompts, base_prompts = zip(*cases[part], strict=True)
         with torch.no_grad():
-            target = rollout(pipe, base_prompts, seeds[part], **call)
+            target = rollout_path(pipe, base_prompts, seeds[part], **call)
 
-        def loss(final):
-            return (weights[part].to(final.device) * squared_error(final, target)).sum()
+        def loss(path):
+            return error_of(path, target) @ weights[part].to(pipe._execution_device)
 
         with heal.adapted(pipe.transformer, lora or {}), gated(pipe.transformer, gates):
             if torch.is_grad_enabled():
-                _, final = rollout_backward(pipe, prompts, seeds[part], loss, checkpoint, **call)
+                _, path = rollout_backward(pipe, prompts, seeds[part], loss, checkpoint, **call)
             else:
-                final = rollout(pipe, prompts, seeds[part], **call)
-        errors.append(squared_error(final, target))
+                path = rollout_path(pipe, prompts, seeds[part], **call)
+        errors.append(error_of(path, target))
     return torch.cat(errors)
 
 
@@ -185,7 +196,8 @@ def harm_of_closing(
     for start in tqdm(range(0, len(chosen), micro_batch), "harm", disable=rank > 0):
         part = slice(start, start + micro_batch)
 
-        def projection(final):  # v picture by picture, those of other processes drawn too
+        def projection(path):  # v picture by picture, those of other processes drawn too
+            final = path[-1]
             v = torch.stack([[normal(x.shape) for _ in range(count)][rank] for x in final])
             return (final.float() * v.to(final.device)).sum() / final[0].numel() ** 0.5
 
@@ -209,11 +221,10 @@ def choose(rng, indices: range, size: int, hard: float, latest) -> list[int]:
     return rng.choices(indices, weights, k=count) + rng.choices(indices, k=size - count)
 
 
-def learner(
-    pipe, pairs, retain, *, call, beta, batch, retain_batch, hard, micro_batch=16, checkpoint="step"
-):
+def learner(pipe, pairs, retain, *, beta, batch, retain_batch, hard, **how):
     """(learn, latest): a function that adds one step's gradient and returns its losses, and each
-    case's error when it was last seen, (N,), infinite before. Raises RuntimeError if not finite."""
+    case's error when it was last seen, (N,), infinite before. Raises RuntimeError if not finite.
+    how: call, error_of, micro_batch, checkpoint of case_errors."""
     cases = [*pairs, *zip(retain, retain, strict=True)]  # (prompt, what the base draws for it)
     latest = torch.full((len(cases),), math.inf)
     weights = torch.tensor([1 / batch] * batch + [beta / retain_batch] * retain_batch)
@@ -228,7 +239,6 @@ def learner(
         chosen += choose(rng, range(len(pairs), len(cases)), retain_batch, hard, latest)
         seeds = [TRAIN_NOISE + rng.randrange(2**20) for _ in chosen]
         part = [cases[i] for i in chosen][mine]
-        how = dict(call=call, micro_batch=micro_batch, checkpoint=checkpoint)
         errors = torch.zeros(len(chosen), device=leaf.device)
         errors[mine] = case_errors(pipe, part, seeds[mine], gates, weights[mine], lora, **how)
         if count > 1:
@@ -355,9 +365,8 @@ def run(args) -> None:
     first_step, state = artefacts.read_state(args.out_dir, "logits", total, cases, args.steps)
     healed = 0, {}
     if args.heal and first_step == args.steps:
-        healed = artefacts.read_state(
-            args.out_dir, "lora", size, cases, args.heal_steps, args.steps
-        )
+        what = "lora", size, cases, args.heal_steps, args.steps
+        healed = artefacts.read_state(args.out_dir, *what)
 
     dtype = models.default_dtype(args.device, meta)
     pipe, base, given = artefacts.load_base(args.model, args.on, dtype)
@@ -396,23 +405,21 @@ def run(args) -> None:
     mask = erasure.mask
 
     # the LoRA. differs from paper
-    sample = partial(rollout, pipe, **call)
     masked = partial(gated, pipe.transformer, mask)
     of_fit = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed)
     of_fit |= dict(retain=retain, batch=args.micro_batch)
-    fit = partial(refit, pipe.transformer, sample, masked, **of_fit)
+    fit = partial(refit, pipe.transformer, partial(rollout, pipe, **call), masked, **of_fit)
     is_fitted = args.heal and args.refit
-    lora = fit(teachers) if is_fitted and teachers else {}
+    is_needed = is_first or args.heal_steps  # elsewhere only to learn on from it
+    lora = fit(teachers) if is_fitted and teachers and is_needed else {}
     if args.heal and args.heal_steps:
-        learn, latest = learner(pipe, pairs, retain, **learning)
+        learn, latest = learner(pipe, pairs, retain, error_of=heal.path_error, **learning)
         of_lora = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)
         lora = heal.tune(pipe, lora, partial(learn, gates=mask), latest, *healed, log, **of_lora)
     if not is_first:
         return
-    is_learnt = args.heal_steps or not teachers  # else it comes from a fit already
-    if is_fitted and is_learnt:
-        itself = Teacher([prompt for prompt, _ in pairs], masked, lora)
-        lora = fit([itself])
+    if is_fitted and (args.heal_steps or not teachers):  # else it comes from a fit already
+        lora = fit([Teacher([prompt for prompt, _ in pairs], masked, lora)])
 
     # what it did, on prompts and noises that training never had; folding it only rounds
     errors = {}
@@ -427,9 +434,8 @@ def run(args) -> None:
     pictures.save_preview(args.out_dir / "preview.png", sorted(sheet, key=lambda row: row[0]))
     pictures.save_curves(args.out_dir / "curves.png", artefacts.read_metrics(args.out_dir))
     line = pictures.summary(mask, errors, held_out, time.time() - began, args.device)
-    facts = config | dict(pairs=len(pairs), retain=len(retain), held_out=len(tests))
-    facts["heal"] = args.heal  # of this run, not of the one that it stands on
-    pictures.save_card(args.out_dir, line, base, facts)
+    of_run = dict(pairs=len(pairs), retain=len(retain), held_out=len(tests), heal=args.heal)
+    pictures.save_card(args.out_dir, line, base, config | of_run)
     erasure = erasure._replace(lora=heal.joined(erasure.lora, lora))
     artefacts.save(args.out_dir, config, args.model, kind, base, erasure)  # finished
     left = pictures.not_erased(errors, held_out)

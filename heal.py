@@ -1,6 +1,6 @@
 """Erases what the mask left, and mends what it harmed: a LoRA on the layers that read gated
-activations and on those of the text, learnt by the same loss. differs from paper, which only closes
-neurons.
+activations and on those of the text, learnt as the mask is, but from the latents after every
+sampling step. differs from paper, which only closes neurons.
 
 A LoRA is {layer: (A, B)}, A (R, inputs), B (outputs, R): the layer gives W h + b + B A h. It learns
 end to end here; refit.py then fits it layer by layer. Its file has diffusers' names, for the base
@@ -135,6 +135,17 @@ def best_ranks(change, rank: int) -> tuple:
     u, s, v = torch.linalg.svd(change.float(), full_matrices=False)
     root = s[:rank].sqrt()
     return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+
+
+def path_error(path, target) -> torch.Tensor:
+    """(B,) mean over the N sampling steps of (N / k)^2 |x_k - y_k|^2, x_k and y_k the latents
+    (B, ...) after step k of two paths that began in the same noise: of equal steps, the squared
+    error of the mean velocity up to there. The final latents alone say little of early steps."""
+    steps = len(path)
+    total = 0
+    for k, (x, y) in enumerate(zip(path, target, strict=True), 1):
+        total = total + (steps / k) ** 2 * (x.float() - y.float()).square().flatten(1).mean(1)
+    return total / steps
 
 
 def tune(pipe, lora, learn, latest, first_step, state, on_step, *, steps, lr, rank, seed=0):

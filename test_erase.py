@@ -135,18 +135,18 @@ def test_processes_share_the_draws_of_harm(pipe, monkeypatch):
     share of the pictures."""
     sites = gate_sites(pipe.transformer)
     drawn = []
-    rollout = erase.rollout
+    rollout_path = erase.rollout_path
 
     def counted(pipe, prompts, *args, **call):
         drawn.append(len(prompts))
-        return rollout(pipe, prompts, *args, **call)
+        return rollout_path(pipe, prompts, *args, **call)
 
     def harm(rank, count):
         monkeypatch.setattr(erase, "processes", lambda: (rank, count))
         found = erase.harm_of_closing(pipe, RETAIN, sites, call=SMALL, draws=5, micro_batch=2)
         return torch.cat(list(found.values()))
 
-    monkeypatch.setattr(erase, "rollout", counted)
+    monkeypatch.setattr(erase, "rollout_path", counted)
     monkeypatch.setattr(erase.dist, "all_reduce", lambda harm: None)
     one = harm(0, 1)
     for count in (2, 3):

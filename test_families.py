@@ -116,6 +116,9 @@ def test_gradients(name):
     def loss_of(final):
         return (final.double() - target).square().mean()
 
+    def on_final(path):
+        return loss_of(path[-1])
+
     plain = start.clone().requires_grad_()
     with erase.gated(transformer, erase.split(plain, sites)):
         loss_of(erase.rollout(pipe, PROMPTS, SEEDS, **call)).backward()
@@ -128,7 +131,7 @@ def test_gradients(name):
         drawn.clear()
         gates = start.clone().requires_grad_()
         with erase.gated(transformer, erase.split(gates, sites)):
-            erase.rollout_backward(pipe, PROMPTS, SEEDS, loss_of, mode, **call)
+            erase.rollout_backward(pipe, PROMPTS, SEEDS, on_final, mode, **call)
         assert (gates.grad - plain.grad).norm() < 1e-5 * plain.grad.norm(), mode
         assert len(drawn) == calls + count, mode
     grads = erase.split(plain.grad, sites)
@@ -147,7 +150,7 @@ def test_gradients(name):
 
     gates = start.expand(2, -1).clone().requires_grad_()
     with erase.gated(transformer, erase.split(gates, sites)):
-        how = dict(loss_of_final=lambda final: final[0].square().mean(), **call)
+        how = dict(loss_of_path=lambda path: path[-1][0].square().mean(), **call)
         erase.rollout_backward(pipe, PROMPTS, SEEDS, **how)
     assert gates.grad[0].any() and not gates.grad[1].any()
 

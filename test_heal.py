@@ -136,6 +136,20 @@ def test_hooks_are_as_weights(pipe, healed):
     assert (found - final(pipe, pipe.transformer, UNSEEN, CALL)).abs().max() > 0.05
 
 
+def test_path_error(pipe):
+    """Two paths whose velocities differ by 1 in all of 4 steps are 1 apart, by 1 in the last step
+    (1 / 4)^2 in one step of 4. The model's own path ends in what it draws."""
+    apart = [torch.full((2, 3, 5), k / 4) for k in (1, 2, 3, 4)]
+    same = [torch.zeros(2, 3, 5)] * 4
+    torch.testing.assert_close(heal.path_error(apart, same), torch.ones(2))
+    late = [*same[:3], torch.full((2, 3, 5), 1 / 4)]
+    torch.testing.assert_close(heal.path_error(late, same), torch.full((2,), 1 / 64))
+    with torch.no_grad():
+        path = erase.rollout_path(pipe, UNSEEN, range(len(UNSEEN)), **CALL)
+    assert len(path) == CALL["num_inference_steps"]
+    assert torch.equal(path[-1], final(pipe, pipe.transformer, UNSEEN, CALL))
+
+
 def test_end_to_end(pipe):
     """At its start the LoRA changes nothing, to the bit; its loss falls, the weights stay as they
     are; the same seed gives the same, and so does going on from a state; gradients are those of
@@ -147,7 +161,8 @@ def test_end_to_end(pipe):
 
     mask = random_mask(pipe.transformer)
     pairs = [(CONCEPT[0], "nothing on a red background")]
-    how = dict(call=CALL, beta=1.0, batch=2, retain_batch=2, hard=0.5)
+    how = dict(beta=1.0, batch=2, retain_batch=2, hard=0.5)
+    how |= dict(call=CALL, error_of=heal.path_error)
 
     def tuned(first=0, state=None, steps=8):
         learn, latest = erase.learner(pipe, pairs, RETAIN[:2], **how)
