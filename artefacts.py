@@ -435,6 +435,30 @@ def kinds_in(configs: list[dict]) -> dict:
     return kinds
 
 
+def runs_of(config: dict) -> list[dict]:
+    """This run, those that it stands on, and those that it is made of."""
+    runs = []
+    below = [config]
+    while below:
+        run = below.pop()
+        if run not in runs:  # else they stand on each other in a circle
+            runs.append(run)
+            names = [*run.get("parts", {}), *([run["on"]] if run.get("on") else [])]
+            below += [read_config(Path(models.local_name(name))) for name in names]
+    return runs
+
+
+def neutrals_in(configs: list[dict]) -> dict:
+    """{concept: what its templates have instead of it}, where --neutral said it."""
+    neutrals = {}
+    for run in [run for config in configs for run in reversed(runs_of(config))]:
+        if run.get("neutral") is not None:
+            before = read_config(Path(models.local_name(run["on"]))) if run.get("on") else {}
+            own = [name for name in run["concept"] if name not in before.get("concept", [])]
+            neutrals |= dict.fromkeys(own, run["neutral"])
+    return neutrals
+
+
 def read_json(file: Path) -> dict:
     """{} if there is no such file. Raises UserError."""
     if not file.is_file():

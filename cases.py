@@ -13,7 +13,7 @@ import models  # first: it keeps transformers quiet
 # isort: split
 from diffusers import FluxPipeline
 
-from artefacts import erased_config, kinds_in
+from artefacts import erased_config, kinds_in, neutrals_in
 from foreign import parts_of
 from promptfiles import (
     concept_pairs,
@@ -41,7 +41,7 @@ class Subject(NamedTuple):
     model: str
     call: dict  # what pipe(...) takes
     kind: str | dict | None = None  # see promptfiles.kinds_of()
-    neutral: str | None = None  # what it was erased to, where --neutral said it
+    neutrals: dict = {}  # {concept: what it was erased to}, where --neutral said it
 
 
 def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> Subject:
@@ -49,6 +49,7 @@ def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> S
     put together erase the concepts of all. flags: models.CALL_FLAGS, None where not given. Raises
     UserError."""
     config = {}
+    neutrals = {}
     for path in paths:
         found = [erased_config(part) for part in parts_of(path)]
         for part, known in zip(parts_of(path), found, strict=True):
@@ -58,6 +59,7 @@ def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> S
             concepts = [name for known in found for name in known.get("concept", [])]
             kinds = kinds_in([known for known in found if known])
             config = found[0] | dict(concept=list(dict.fromkeys(concepts)), kind=kinds)
+            neutrals = neutrals_in([known for known in found if known])
     concept = concept or config.get("concept")
     model = model or models.recorded(config)
     for flag, value in (("concept", concept), ("model", model)):
@@ -67,7 +69,7 @@ def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> S
     call = dict(config.get("call", {}))
     call |= {name: value for name, value in flags.items() if value is not None}
     call = models.sampler_call(model, models.pipeline_class(model), **call)
-    return Subject(concept, model, call, kind or config.get("kind"), config.get("neutral"))
+    return Subject(concept, model, call, kind or config.get("kind"), neutrals)
 
 
 class Words(NamedTuple):
@@ -77,7 +79,7 @@ class Words(NamedTuple):
     vocabulary: dict  # {word: {kind, question, synonyms}}
     folder: Path  # prompt files
     kinds: dict = {}  # {concept that no vocabulary has: its kind}
-    neutral: str | None = None  # see Subject
+    neutrals: dict = {}  # see Subject
 
     def others(self, prompt: str, kind: str) -> list[str]:
         """Words of that kind which the prompt names beside the concepts."""
@@ -90,13 +92,14 @@ def read_words(subject: Subject) -> Words:
     spelled, vocabulary = read_vocabulary(folder, subject.concept, subject.kind)
     kinds = kinds_of(subject.concept, subject.kind, known_words(folder)).values()
     kinds = dict(zip(spelled, kinds, strict=True))
-    return Words(spelled, vocabulary, folder, kinds, subject.neutral)
+    neutrals = [subject.neutrals.get(name) for name in subject.concept]
+    neutrals = dict(zip(spelled, neutrals, strict=True))
+    return Words(spelled, vocabulary, folder, kinds, neutrals)
 
 
 def concept_rows(concept: str, words: Words, split: str = "test", file=None) -> list[dict]:
     """The concept's prompt pairs of one split, from `file`, its own file or templates."""
-    neutral = words.neutral if concept in words.concepts else None
-    how = dict(file=file, kind=words.kinds.get(concept), neutral=neutral)
+    how = dict(file=file, kind=words.kinds.get(concept), neutral=words.neutrals.get(concept))
     return of_split(concept_pairs(concept, words.folder, **how), split)
 
 

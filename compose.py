@@ -59,14 +59,7 @@ def parts_of(folders: list[Path], restore=()) -> list[Path]:
 def check_prompts(folder: Path, config: dict) -> None:
     """Raises UserError for a run on top of another, where one had other prompts than its words
     give: they are recorded of the last alone."""
-    runs = []
-    below = [config]
-    while below:
-        run = below.pop()
-        if run not in runs:  # else they stand on each other in a circle
-            runs.append(run)
-            names = [*run.get("parts", {}), *([run["on"]] if run.get("on") else [])]
-            below += [artefacts.read_config(Path(models.local_name(name))) for name in names]
+    runs = artefacts.runs_of(config)
     has_own = [run.get("prompts") or run.get("neutral") is not None for run in runs]
     if config.get("on") and any(has_own):
         found = f"{folder} stands on {config['on']}, and one of them has prompts of its own"
@@ -88,6 +81,14 @@ def fill(args) -> None:
     args.concept = list(dict.fromkeys(name for config in configs for name in config["concept"]))
     args.modules = list(dict.fromkeys(name for config in configs for name in config["modules"]))
     args.kind = artefacts.kinds_in(configs) or None
+    for flag in models.CALL_FLAGS:
+        if getattr(args, flag) is None:
+            values = [config.get("call", {}).get(flag) for config in configs]
+            if len(set(values)) > 1:
+                pairs = zip(args.compose, values, strict=True)
+                found = ", ".join(f"{folder} has {value}" for folder, value in pairs)
+                raise UserError(f"--{flag}: needed, for {found}")
+            setattr(args, flag, values[0])
     args.steps = 0
     usual = dict(heal=1, heal_steps=0, refit_rank=64 * len(args.compose), reopen=0.5)
     for flag, value in usual.items():

@@ -41,7 +41,8 @@ def load_of(pipeline_class, call: dict) -> Load:
         rows = 2
     elif guided:
         calls *= 2
-    tokens = given["height"] * given["width"] // 16**2  # the VAE shrinks by 8, patches are 2 x 2
+    side = 32 if name.startswith("Sana") else 16  # pixels: the VAE shrinks by 8, patches are 2 x 2
+    tokens = given["height"] * given["width"] // side**2
     text_tokens = given.get("max_sequence_length") or 512
     if name.startswith("StableDiffusion3"):
         text_tokens += 77  # CLIP's, before T5's

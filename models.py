@@ -65,6 +65,8 @@ CALLS = {
         num_inference_steps=50, true_cfg_scale=4.0, negative_prompt=" ", height=1328, width=1328
     ),
 }
+# Sana would draw another size than the one asked for.
+FIXED = dict(use_resolution_binning=False)
 # Flags that go to the sampler, under diffusers' own names.
 CALL_FLAGS = dict(
     num_inference_steps=number(int, 1, 1000),
@@ -77,6 +79,8 @@ CALL_FLAGS = dict(
 )
 # Texts that encode_prompt takes, one a picture; Lumina 2 has a system_prompt for all.
 PROMPT = re.compile(r"(negative_)?prompt(_\d)?")
+# Pipelines' names where a picture is asked for too.
+NEEDS_PICTURE = re.compile(r"Img2Img|Inpaint|Fill|Edit|Control|Redux|Layered")
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, HTTPError)
 
 
@@ -158,7 +162,7 @@ def why_not(model: str, error: Exception, what: str, flag: str = "--model") -> s
 
 def is_embedded(model: str) -> bool:
     """Whether it is one of tiny/, whose models have prompts and a judge of their own."""
-    return Path(model).resolve().is_relative_to(HERE / "tiny")
+    return Path(model).exists() and Path(model).resolve().is_relative_to(HERE / "tiny")
 
 
 def prompt_folder(model: str) -> Path:
@@ -231,6 +235,8 @@ def pipeline_class(model: str, flag: str = "--model") -> type:
         lacking.append("torch.no_grad() around its __call__ that could be taken off")
     if lacking:
         raise UserError(f"{flag}: {model} is a {name}, which has no {lacking[0]}")
+    if "num_frames" in accepts or NEEDS_PICTURE.search(name):
+        raise UserError(f"{flag}: {model} is a {name}, which draws no pictures from text alone")
     return kind
 
 
@@ -268,6 +274,10 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
     if is_embedded(model):  # whatever folder of tiny/ it was trained into
         name = f"tiny/{Path(model).resolve().name}"
     call = dict(CALLS.get(name, {}))
+    call |= {flag: value for flag, value in FIXED.items() if flag in accepts}
+    place, revision = address(model)
+    if kind.load_config(place, revision=revision).get("is_distilled"):  # klein: not guided at all
+        call.setdefault("guidance_scale", 1.0)
     for flag, value in flags.items():
         if value is None:
             continue
@@ -286,6 +296,8 @@ def check_call(call, where: str) -> None:
     if not isinstance(call, dict):
         raise UserError(f"{where} is not a JSON object")
     for flag, value in call.items():
+        if FIXED.get(flag, ...) is value:
+            continue
         kind = CALL_FLAGS.get(flag)
         if kind is None:
             raise UserError(f"{where} has {flag!r}, which is no flag of the sampler")
@@ -430,6 +442,11 @@ def collate(encoded: list):
         lengths = [part[0].shape[1] for part in encoded if torch.is_tensor(part[0])]
         if parts[1:] == [None] and len(set(lengths)) > 1:  # Qwen-Image: no mask for one prompt
             parts[1] = pad_sequence([torch.ones(n).long() for n in lengths], batch_first=True)
+        has_mask = any(
+            torch.is_tensor(part) and part.shape[1:] == (max(lengths),) for part in parts
+        )
+        if len(set(lengths)) > 1 and not has_mask:
+            raise UserError("--model: its text encoder has no mask for prompts of other lengths")
         return tuple(parts)
     if len(first) != 1:  # without a batch: FLUX's text ids
         return first
@@ -495,8 +512,13 @@ def encode_all(pipe, device, prompts, call: dict) -> None:
     with pipe.transformer.register_forward_pre_hook(stop):
         for start in range(0, len(prompts), 16):  # fewer calls of the sampler, not larger batches
             part = prompts[start : start + 16]
-            with contextlib.suppress(Encoded):
+            try:
                 pipe(output_type="latent", **for_prompts(call, part))
+            except Encoded:
+                pass
+            except (ValueError, TypeError, ImportError) as error:  # what it asks of its arguments
+                name = type(pipe).__name__
+                raise UserError(f"--model: {name} says: {first_line(error)}") from None
     for name in encoders:
         setattr(pipe, name, None)
     torch.cuda.empty_cache()

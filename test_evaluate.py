@@ -217,6 +217,11 @@ def test_neutral_and_question(erased, tmp_path, monkeypatch):
         words = cases.read_words(cases.read_subject([folder], None, None, {}))
         rows = cases.concept_rows(words.concepts[0], words)
         assert all(neutral in row["neutral_prompt"] for row in rows)
+    write_json(tmp_path / "config.json", config | dict(concept=["knife"], neutral="lemon"))
+    both = cases.read_words(cases.read_subject([Path(f"{erased}+{tmp_path}")], None, None, {}))
+    for concept, neutral in ((config["concept"][0], "nothing"), ("knife", "a lemon")):
+        rows = cases.concept_rows(concept, both)
+        assert all(neutral in row["neutral_prompt"] for row in rows)
     asked = []
 
     def none_passes(pipe, rows, question, panel):

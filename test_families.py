@@ -205,8 +205,20 @@ def test_what_cannot_be_driven_is_refused(tmp_path, capsys):
         assert erase.main(["--model", str(tmp_path), "--concept", "gun", "--device", "cpu"]) == 2
         lacks = "which this diffusers does not have" if "No" in kind else "which has no transformer"
         assert f"--model: {tmp_path} is a {kind}, {lacks}" in capsys.readouterr().err
+    for kind in ("WanPipeline", "FluxFillPipeline", "QwenImageEditPipeline"):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        with pytest.raises(UserError, match=f"is a {kind}, which draws no pictures from text al"):
+            models.pipeline_class(str(tmp_path))
     with pytest.raises(UserError, match="no feed-forward layer known in TransformerEncoderLayer"):
         gate_sites(torch.nn.TransformerEncoderLayer(8, 2))
+
+
+def test_prompts_of_other_lengths_without_a_mask_are_refused():
+    long, short = torch.zeros(1, 5, 4), torch.zeros(1, 3, 4)
+    with pytest.raises(UserError, match="no mask for prompts of other lengths"):
+        models.collate([(long, None, None), (short, None, None)])
+    embeds, mask = models.collate([(long, torch.ones(1, 5)), (short, torch.ones(1, 3))])
+    assert embeds.shape == (2, 5, 4) and mask.sum(1).tolist() == [5, 3]
 
 
 def test_number_of_gates_of_full_size_flux():

@@ -526,7 +526,12 @@ def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
     there = "/".join(("..", Path(both).parent.name, "both"))  # the same by another name
     args = erase.parse_args([*map(str, ("--compose", both, parts[0], tmp_path / there))])
     assert [part.name for part in args.compose] == ["gun", "knife"] and args.refit_rank == 128
+    shutil.copytree(parts[1], tmp_path / "other_size")
+    config = json.loads((parts[1] / "config.json").read_text())
+    config["call"] |= dict(height=48)
+    (tmp_path / "other_size/config.json").write_text(json.dumps(config))
     for line, wanted in (
+        (["--compose", parts[0], tmp_path / "other_size"], "other_size has 48"),
         (["--compose", both, "--restore", "dog"], "--restore: none of the folders erases 'dog'"),
         (["--compose", both, "--concept", "gun"], "--concept: does not go with"),
         (["--compose", both, "--model", "tiny/flux"], "--model: does not go with"),
