@@ -38,6 +38,7 @@ MASK_FORMAT = "minimalist-concept-erasure mask 3"
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
 FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
 FITTED = ("refit", "refit_rank")
+OF_TYPE = dict(on=(str,), neutral=(str,), prompts=(str,), num_prompts=(int,))  # where not null
 
 
 def add_flags(parser) -> None:
@@ -204,6 +205,8 @@ def load_erased(*folders, device=None, dtype=None):
         *folders, device = folders
     if not folders:
         raise UserError("load_erased: names no folder")
+    if dtype == torch.float16:
+        raise UserError("load_erased: dtype: float16 rounds the base weights; cast what comes back")
     folders = [Path(folder) for folder in folders]
     for folder in folders:
         for name in ("config.json", "mask.safetensors"):  # the mask is written last
@@ -296,6 +299,9 @@ def save_weights(
 ) -> None:
     """What --save says. A single file has diffusers' names, which ComfyUI's "Load Diffusion Model"
     takes for FLUX.1, SD3, AuraFlow and Z-Image by its source; it was not loaded there."""
+    for old in ("transformer.safetensors", "model_index.json"):  # of the run before, by --resume
+        (out_dir / old).unlink(missing_ok=True)
+    shutil.rmtree(out_dir / "transformer", ignore_errors=True)
     if form == "single":
         state = erased_transformer(model, kind, mask, lora).state_dict()
         path = out_dir / "transformer.safetensors"
@@ -400,20 +406,21 @@ def last_words(folder: Path, steps: int, left: list[str]) -> str:
     return "\n".join(lines)
 
 
-def run_config(flags: dict, call: dict) -> dict:
-    """What config.json says of a run: its flags, with those of the sampler as one dict."""
+def run_config(flags: dict, call: dict, rows) -> dict:
+    """What config.json says of a run: its flags, with those of the sampler as one dict, and a hash
+    of the promptfiles.Rows that it learns from."""
     left_out = (*NOT_RECORDED, *models.CALL_FLAGS)
     config = {name: value for name, value in flags.items() if name not in left_out}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     model, revision = models.address(models.portable_name(flags["model"]))
-    config |= dict(model=model, revision=revision, call=call)
+    config |= dict(model=model, revision=revision, call=call, rows=promptfiles.digest(rows))
     vocabulary = promptfiles.known_words(models.prompt_folder(flags["model"]))
     kinds = promptfiles.kinds_of(flags["concept"], flags["kind"], vocabulary)
     kinds = {name: kind for name, kind in kinds.items() if kind}
     if flags["on"]:  # a second run: both concepts are gone, and the same mask is to be there again
         folder = Path(models.local_name(flags["on"]))
         before = read_config(folder)
-        config["concept"] = list(dict.fromkeys([*flags["concept"], *before["concept"]]))
+        config["concept"] = promptfiles.distinct([*flags["concept"], *before["concept"]])
         kinds = kinds_in([before]) | kinds
         config["heal"] = max(flags["heal"], before.get("heal", 0))
         config["on_mask"] = digests(folder)
@@ -500,6 +507,9 @@ def erased_config(folder: Path) -> dict:
         raise UserError(f"{where} kind is {kind!r}")
     if not isinstance(model, str) or not model.strip() or not model.isprintable():
         raise UserError(f"{where} model is {model!r}")
+    for key, kinds in OF_TYPE.items():
+        if not isinstance(config.get(key), (*kinds, type(None))):
+            raise UserError(f"{where} {key} is {config[key]!r}")
     models.check_call(config.get("call"), f"{where} call")
     parts = config.get("parts", {})
     if not isinstance(parts, dict) or not all(isinstance(x, str) for x in parts.values()):
@@ -579,6 +589,8 @@ def check_folder(out_dir: Path, config: dict, resume: bool, transformer, others:
                 found = f"was {before.get(flag)}, now {value}"
                 if flag == "versions":
                     raise UserError(f"--resume: the versions of packages: {found}; install those")
+                if flag == "rows":
+                    raise UserError("--resume: the prompts are others than those it began with")
                 raise UserError(f"--resume: --{flag} {found}; repeat the same command")
         if (out_dir / "mask.safetensors").exists():
             raise UserError(f"--resume: the run in {out_dir} is finished")

@@ -18,6 +18,7 @@ from foreign import parts_of
 from promptfiles import (
     concept_pairs,
     cycle,
+    distinct,
     drop_minors,
     kinds_of,
     known_words,
@@ -58,7 +59,7 @@ def read_subject(paths: list[Path], concept, model, flags: dict, kind=None) -> S
         if found[0] and not config:
             concepts = [name for known in found for name in known.get("concept", [])]
             kinds = kinds_in([known for known in found if known])
-            config = found[0] | dict(concept=list(dict.fromkeys(concepts)), kind=kinds)
+            config = found[0] | dict(concept=distinct(concepts), kind=kinds)
             neutrals = neutrals_in([known for known in found if known])
     concept = concept or config.get("concept")
     model = model or models.recorded(config)

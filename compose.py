@@ -78,7 +78,7 @@ def fill(args) -> None:
         found = ", ".join(f"{folder} from {base}" for base, folder in bases.items())
         raise UserError(f"--compose: other bases: {found}")
     args.model = next(iter(bases))
-    args.concept = list(dict.fromkeys(name for config in configs for name in config["concept"]))
+    args.concept = promptfiles.distinct(sum((config["concept"] for config in configs), []))
     args.modules = list(dict.fromkeys(name for config in configs for name in config["modules"]))
     args.kind = artefacts.kinds_in(configs) or None
     for flag in models.CALL_FLAGS:

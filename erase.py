@@ -349,7 +349,7 @@ def run(args) -> None:
     what = meta, others, kind, sites, call
     chosen, plan = lowmem.plan(*what, args.device, **flags(lowmem.FLAGS), **learnt)
     vars(args).update(chosen)
-    config = artefacts.run_config(vars(args), call)
+    config = artefacts.run_config(vars(args), call, rows)
     total = sum(site.units for site in sites.values())
     workers.print(
         f"model: {args.on or config['model']} ({kind.__name__}); preset {PRESETS[args.preset]}; "

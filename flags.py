@@ -108,6 +108,8 @@ def parse_args(argv=None, text: str | None = None):
         if getattr(args, name) is None:
             grow = GROWING.get(name) if is_ours else None
             setattr(args, name, grow(value, len(styles), sum(styles)) if grow else value)
+    if not (is_ours or args.compose):
+        args.num_prompts = args.num_prompts or 20  # as in the paper
     args.heal = int(args.heal and (args.heal_steps > 0 or args.refit > 0))
     args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
     args.out_dir = args.out_dir or artefacts.default_folder(args.concept)

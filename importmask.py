@@ -31,7 +31,9 @@ def add_flags(parser) -> None:
 
 def fill(args) -> None:
     """What takes the place of training. Raises UserError for flags that do not go with it."""
-    for flag in ("steps", "modules", "heal", "compose"):
+    if args.compose:
+        raise UserError("--import_mask: does not go with --compose")
+    for flag in ("steps", "modules", "heal"):
         if getattr(args, flag):
             raise UserError(f"--{flag}: does not go with --import_mask")
     check_regular(args.import_mask, "--import_mask")

@@ -275,9 +275,10 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
         name = f"tiny/{Path(model).resolve().name}"
     call = dict(CALLS.get(name, {}))
     call |= {flag: value for flag, value in FIXED.items() if flag in accepts}
-    place, revision = address(model)
-    if kind.load_config(place, revision=revision).get("is_distilled"):  # klein: not guided at all
-        call.setdefault("guidance_scale", 1.0)
+    if "is_distilled" in inspect.signature(kind.__init__).parameters:
+        place, revision = address(model)
+        if kind.load_config(place, revision=revision).get("is_distilled"):  # klein: never guided
+            call.setdefault("guidance_scale", 1.0)
     for flag, value in flags.items():
         if value is None:
             continue

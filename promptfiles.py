@@ -2,7 +2,9 @@
 
 import csv
 import difflib
+import hashlib
 import itertools
+import json
 import random
 import re
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import NamedTuple
 
 from safely import UserError, check_regular, first_line, number
 
-PAIRS, STYLE_PAIRS = 20, 200  # of a style 20 are learned by heart
+PAIRS = 200  # 20 are learned by heart
 FLAGS = ("concept", "kind", "neutral", "prompts", "retain", "num_prompts")
 KINDS = ("object", "style", "person")
 COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
@@ -50,7 +52,7 @@ def add_flags(parser) -> None:
     add(
         "--num_prompts",
         type=number(int, 1),
-        help=f"training pairs per concept ({PAIRS}, of a style {STYLE_PAIRS}; fewer if there are)",
+        help=f"training pairs per concept ({PAIRS}, or all; --preset paper and official: 20)",
     )
 
 
@@ -116,6 +118,14 @@ def bare(concept: str) -> str:
     return re.sub(r"^(an?|the|some)\s+", "", words, flags=re.I)
 
 
+def distinct(concepts) -> list[str]:
+    """Each once, however it is written."""
+    found = {}
+    for name in concepts:
+        found.setdefault(bare(name).lower(), name)
+    return list(found.values())
+
+
 def check_concept(name, where: str = "--concept") -> None:
     """Raises UserError, which begins with `where`, unless it is words: no path, no list."""
     if not isinstance(name, str) or not bare(name):
@@ -157,7 +167,7 @@ def without(concepts: list[str], rows: list[dict], column: str = "prompt") -> li
 def phrase(words: str, kind: str, vocabulary: dict) -> str:
     """How templates name it: a person or a style as it is, an object with its article."""
     known = vocabulary.get(words.lower())
-    head = words.lower().partition(" of ")[0].split()[-1]  # a glass of water is a glass
+    head = words.lower().strip().partition(" of ")[0].split()[-1]  # a glass of water is a glass
     if kind != "object":
         return words
     if known:
@@ -246,6 +256,11 @@ def concept_pairs(
     )
 
 
+def digest(rows) -> str:
+    """Of Rows, in hexadecimal."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def as_pairs(rows: list[dict]) -> list[tuple[str, str]]:
     """[(prompt, neutral prompt, or the prompt itself where there is none)]."""
     return [(row["prompt"], row.get("neutral_prompt", row["prompt"])) for row in rows]
@@ -311,8 +326,7 @@ def training_rows(
         if not train:
             flag = "--prompts" if prompts else "--concept"
             raise UserError(f"{flag}: no training pairs for {name!r}")
-        most = STYLE_PAIRS if is_style(name, kinds[name], vocabulary) else PAIRS
-        pairs += train[: num_prompts or most]
+        pairs += train[: num_prompts or PAIRS]
         tests += of_split(rows, "test")
     if len(concept) > 1:
         pairs, tests = apart(concept, pairs, tests)

@@ -917,7 +917,7 @@ def test_dry_run_and_paper_preset(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "load_pipeline", None)
     assert erase.main([*QUICK, "--out_dir", str(tmp_path / "out"), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "7,168 gates in 12 layers; 20 concept pairs" in printed
+    assert "7,168 gates in 12 layers; 104 concept pairs" in printed
     assert json.loads(printed[printed.index("{") :])["call"] == CALL
     assert "preset tiny; " in printed
     assert not (tmp_path / "out").exists()
@@ -926,6 +926,7 @@ def test_dry_run_and_paper_preset(tmp_path, capsys, monkeypatch):
     assert cost in capsys.readouterr().out
     paper = dict(preset="paper", gate="hard_concrete", lr_ffn=0.5, lr_norm=0.5, weight_decay=0.01)
     paper |= dict(beta=0.01, batch=4, steps=400, hard=0, max_closed=1, harm=0, lr_decay=0)
+    paper |= dict(num_prompts=20)
     for flags in ("tiny/flux --preset paper", f"{models.SCHNELL} --preset paper", models.SCHNELL):
         args = vars(erase.parse_args(f"--concept gun --model {flags}".split()))
         assert args | paper == args

@@ -286,22 +286,25 @@ CONCEPTS = (
 CONCEPTS += tuple(STYLES)
 
 
-def concept_rows(concept: str, train: int = 24, test: int = 250) -> list[tuple]:
-    """(prompt, neutral_prompt) pairs: a thing becomes "nothing", a style is left out; no scene
-    twice. Those for training show every background, once with one thing and once with two: where
-    all were drawn at random, pill's lacked red and black, and its mask failed on just these."""
+def concept_rows(concept: str, more: int) -> list[tuple]:
+    """(prompt, neutral_prompt) pairs: a thing becomes "nothing", a style is left out; no prompt
+    twice. The first 24, for training, show every background, once with one thing and once with two:
+    where all were drawn at random, pill's lacked red and black, and its mask failed on just these.
+    After 250 for tests, `more` for training; few of one thing, for there are only 158 captions."""
     rng = random.Random(f"prompts {concept}")
     rows = {}
     colors = rng.sample(list(BACKGROUNDS), len(BACKGROUNDS))
-    while len(rows) < train + test:
+    while len(rows) < 24 + 250 + more:
         first, second = rng.sample([name for name in THINGS if name != concept], 2)
         if concept in STYLES:
             things = ((first,), (first, second))[len(rows) % 2]
         else:
-            orders = ((concept,), (concept, first), (concept,), (first, concept))
-            things = orders[len(rows) % 4]
+            one, two, turned = (concept,), (concept, first), (first, concept)
+            is_extra = len(rows) >= 24 + 250
+            orders = (one, two, turned, two, turned) if is_extra else (one, two, one, turned)
+            things = orders[len(rows) % len(orders)]
         color = colors[len(rows) // 2 % len(colors)]
-        if len(rows) >= train:
+        if len(rows) >= 24:
             color = rng.choice(colors)
         plain = caption(Scene(things, (), color), rng, synonyms=0, name_background=1)
         if concept in STYLES:
@@ -360,15 +363,16 @@ def write_prompts(folder: Path) -> None:
     and what the judge can be asked for."""
     folder.mkdir(parents=True, exist_ok=True)
     for concept in CONCEPTS:
-        # styles have 200 training pairs: 20 of sepia's are learned by heart
-        rows = concept_rows(concept, test=250 + 176 * (concept in STYLES))
+        rows = concept_rows(
+            concept, more=176 if concept in STYLES else 80
+        )  # 20 are learnt by heart
         name = f"{concept.replace(' ', '_')}.csv"
         write_rows(folder / name, ("prompt", "neutral_prompt"), rows, 24)
     write_rows(folder / "retain.csv", ("prompt",), retain_rows(), 400)
-    templates = [(prompt.replace(article("gun"), "{x}"),) for prompt, _ in concept_rows("gun")]
+    templates = [(prompt.replace(article("gun"), "{x}"),) for prompt, _ in concept_rows("gun", 80)]
     write_rows(folder / "templates.csv", ("prompt",), templates, 24)
     styled = []
-    for prompt, neutral_prompt in concept_rows("sketch", test=526):
+    for prompt, neutral_prompt in concept_rows("sketch", 276):
         if prompt.endswith("in sketch style"):  # there no article depends on the name
             styled.append((prompt.replace("sketch", "{x}"), neutral_prompt))
     write_rows(folder / "templates_style.csv", ("prompt", "neutral_prompt"), styled, 24)
