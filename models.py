@@ -275,10 +275,6 @@ def sampler_call(model: str, kind: type, **flags) -> dict:
         name = f"tiny/{Path(model).resolve().name}"
     call = dict(CALLS.get(name, {}))
     call |= {flag: value for flag, value in FIXED.items() if flag in accepts}
-    if "is_distilled" in inspect.signature(kind.__init__).parameters:
-        place, revision = address(model)
-        if kind.load_config(place, revision=revision).get("is_distilled"):  # klein: never guided
-            call.setdefault("guidance_scale", 1.0)
     for flag, value in flags.items():
         if value is None:
             continue
@@ -317,6 +313,9 @@ def inspect_model(model: str, **flags) -> tuple:
     kind = pipeline_class(model)
     transformer = meta_transformer(model, kind)
     call = sampler_call(model, kind, **flags)
+    place, revision = address(model)
+    if kind.load_config(place, revision=revision).get("is_distilled"):  # FLUX.2 klein: not guided
+        call.setdefault("guidance_scale", 1.0)
     others = {}
     for part in inspect.signature(kind.__init__).parameters:
         if part == "vae" or part.startswith("text_encoder"):
