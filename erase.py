@@ -46,7 +46,7 @@ import recompute
 from artefacts import load_erased, load_mask  # noqa: F401 (for who imports this file)
 from flags import DEFAULTS, LEARNING, PRESETS, parse_args
 from models import remember_prompts
-from refit import Teacher, refit
+from refit import Teacher, pictures_of, refit
 from safely import UserError, exit_code
 from sites import MODULES, absent, fold, gate_sites, gated, reopened  # noqa: F401
 
@@ -345,7 +345,8 @@ def run(args) -> None:
     learnt = {}
     if args.heal:
         size = heal.size_of(meta, args.heal_rank)
-        learnt = dict(lora=heal.lora_layers(meta), lora_size=size)
+        fitted = pictures_of(rows.pairs, rows.retain) if args.refit else 0
+        learnt = dict(lora=heal.lora_layers(meta), lora_size=size, refitted=fitted)
     what = meta, others, kind, sites, call
     chosen, plan = lowmem.plan(*what, args.device, **flags(lowmem.FLAGS), **learnt)
     vars(args).update(chosen)
@@ -409,9 +410,8 @@ def run(args) -> None:
     of_fit = dict(strength=args.refit, rank=args.refit_rank, seed=args.seed)
     of_fit |= dict(retain=retain, batch=args.micro_batch)
     fit = partial(refit, pipe.transformer, partial(rollout, pipe, **call), masked, **of_fit)
-    is_fitted = args.heal and args.refit
-    is_needed = is_first or args.heal_steps  # elsewhere only to learn on from it
-    lora = fit(teachers) if is_fitted and teachers and is_needed else {}
+    is_fitted = args.heal and args.refit and (is_first or args.heal_steps)
+    lora = fit(teachers) if is_fitted and teachers else {}
     if args.heal and args.heal_steps:
         learn, latest = learner(pipe, pairs, retain, error_of=heal.path_error, **learning)
         of_lora = dict(steps=args.heal_steps, lr=args.heal_lr, rank=args.heal_rank, seed=args.seed)

@@ -64,11 +64,12 @@ def check_combination(*, checkpoint, quantize, offload, compile) -> None:
 def plan(
     transformer, others, pipeline_class, sites, call, device,
     *, checkpoint, micro_batch, quantize="none", offload=False, compile=False, lora=(), lora_size=0,
+    refitted=0,
 ) -> tuple[dict, str]:  # fmt: skip
     """({checkpoint, micro_batch}, a line that says why): of "auto" the fastest that fits, with as
     many pictures as fit where micro_batch is None. The transformer may be on torch's meta device.
-    others: {other part: parameters}; call: what pipe(...) takes; after the *: FLAGS, and which
-    layers learn a LoRA of how many numbers.
+    others: {other part: parameters}; call: what pipe(...) takes; after the *: FLAGS, which layers
+    learn a LoRA of how many numbers, and on how many pictures refit.py fits it.
 
     On a CPU everything counts, and --quantize and --offload save nothing. Raises UserError for
     flags that do not go together, and, with what would fit, if nothing does. Processes of torchrun
@@ -96,6 +97,11 @@ def plan(
         how = dict(quantize=quantize, offload=offload, itemsize=itemsize)
         return needed(checkpoint=mode, pictures=count, **how) + beside
 
+    of_refit = memory.refit_needs(transformer, load, refitted, itemsize)
+    if of_refit > free_of_host:
+        found = f"{of_refit / 2**30:.1f} GiB of CPU memory, {free_of_host / 2**30:.1f} GiB are free"
+        advice = "try fewer --retain prompts, a smaller --height and --width, or --refit 0"
+        raise UserError(f"--refit: needs about {found}; {advice}")
     of_host = memory.block_bytes(transformer, itemsize, quantize)
     if offload and of_host > free_of_host:
         found = f"{of_host / 2**30:.1f} GiB of CPU memory, {free_of_host / 2**30:.1f} GiB are free"

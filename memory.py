@@ -130,6 +130,18 @@ def block_bytes(transformer, itemsize, quantize="none") -> int:
     return round(sum(sizes) * BYTES.get(quantize, itemsize))
 
 
+def refit_needs(transformer, load: Load, pictures: int, itemsize: int) -> int:
+    """Bytes of CPU memory that refit.py takes: of each call of the transformer its inputs, what the
+    last block of each list gave in two models, and what one stage's layers are to give: 0.8 to 1.25
+    of it was found on tiny/."""
+    blocks = blocks_of(transformer)
+    lists = {name.rpartition(".")[0] for name in blocks}
+    name, block = next(iter(blocks.items()))
+    width, _, _ = next(iter(linear_layers(block, name, load).values()))
+    of_state = (2 * len(lists) + 3) * width * (load.tokens + load.text_tokens)
+    return pictures * load.calls * load.rows * of_state * itemsize
+
+
 def memory_needed(
     transformer, *, sites, load, pictures, itemsize, checkpoint, quantize="none", offload=False,
     lora=(), lora_size=0,

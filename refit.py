@@ -151,6 +151,11 @@ def states(transformer, sample, prompts, first_seed, batch) -> list:
     return found
 
 
+def pictures_of(pairs, retain) -> int:
+    """On how many pictures a fit to one teacher, or about as many to several, is made."""
+    return len(retain) + -(-PICTURES // len(pairs)) * len(pairs)
+
+
 class Teacher(NamedTuple):
     """An erased model."""
 

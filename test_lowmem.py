@@ -226,6 +226,7 @@ REFUSED = [
     (("both", 16), "auto", dict(device="cuda"), FITS + ".*--quantize fp8 .*nf4 .*--offload "),
     (("both", 16), "auto", dict(device="cuda", host=9), FITS + r".*--quantize nf4 \([^;]*$"),
     (("both", 16), "auto", dict(device="cuda", host=9, offload=True), "--offload: .* of CPU mem"),
+    (("none", 16), "auto", dict(refitted=10**9), "--refit: needs about .* of CPU memory, "),
     (None, "auto", {}, ".*; nothing fits; try a smaller --height"),
     (None, "step", dict(offload=True), "--offload: needs --checkpoint block or both, not step"),
     (None, "both", dict(offload=True, compile=True), "--compile: does not go with --offload"),
