@@ -40,7 +40,6 @@ import realmodels
 from costs import (
     PASSES,
     PROMPT,
-    Allocated,  # noqa: F401  (for who imports this file)
     clock,
     growth,
     markdown,
@@ -213,6 +212,7 @@ def run(args) -> None:
     if args.table:
         print("\n".join(table(file) for file in args.table))
         return
+    before = read_results(args.out, "--out") if args.out and args.out.exists() else {}
     results = where_it_ran(args.full)
     if args.full:
         if args.cap_gib:
@@ -223,7 +223,6 @@ def run(args) -> None:
             dict(quantize=kind, size=size, form=form, **common)
             for kind, size, form in itertools.product(args.quantize, args.sizes, args.forms)
         ]
-        before = read_results(args.out, "--out") if args.out and args.out.exists() else {}
         rows = before.get("full", []) if results.items() <= before.items() else []
         limits = dict(repeats=args.repeats, limit=args.limit)
         results |= fullsize.bench_full(rows, modes, device="cuda", **limits)

@@ -133,6 +133,7 @@ def load_pipeline(path: Path, base) -> tuple:
     counts = []
     for name, part in base.components.items():
         if isinstance(part, torch.nn.Module):
+            check_sizes(path, getattr(pipe, name), part)
             changed, total = differing(getattr(pipe, name), part)
             counts += [f"{name} {changed} of {total}"] if changed else []
     if not counts:
@@ -158,6 +159,7 @@ def load_transformer(folder: Path, base):
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise UserError(f"{folder}: has not the tensors of its class: {min(wrong)}")
+    check_sizes(folder, transformer, base.transformer)
     return transformer.eval().requires_grad_(False).to(base.device)
 
 
@@ -172,6 +174,18 @@ def only_file(path: Path) -> Path:
     if files[0].suffix != ".safetensors":
         raise UserError(f"{path}: is no .safetensors file; no other is read")
     return files[0]
+
+
+def check_sizes(path: Path, module, base) -> None:
+    """Raises UserError unless both have the same tensors, of the same shapes."""
+    sizes, wanted = (
+        {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
+        for part in (module, base)
+    )
+    odd = sorted(dict(sizes.items() ^ wanted.items()))
+    if odd:
+        found = f"{odd[0]} is {sizes.get(odd[0])}, the base's {wanted.get(odd[0])}"
+        raise UserError(f"{path}: of another size than the base: {found}")
 
 
 def differing(module, base) -> tuple[int, int]:

@@ -99,6 +99,8 @@ def read_lora(transformer, file: Path, f, lora_scale: float) -> tuple[dict, str]
             found = f"{tuple(a.shape)} and {tuple(b.shape)}"
             wanted = f"(R, {layer.in_features}) and ({layer.out_features}, R)"
             raise UserError(f"{file}: A and B of {name} are {found}, not {wanted}")
+        if not rank:
+            raise UserError(f"{file}: {name} has rank 0")
         if config.get("r", rank) != rank and not config.get("rank_pattern"):
             raise UserError(f"{file}: {name} has rank {rank}, its configuration {config['r']}")
         alpha = config.get("lora_alpha", rank)

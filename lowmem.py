@@ -135,8 +135,6 @@ def plan(
 # ------------------------------------------------------------------------------- what is done to it
 def place(pipe, device, kind="none", offloaded=False, compiled=False) -> None:
     """The transformer and the VAE to the device, as --quantize, --offload and --compile say."""
-    # cuDNN's attention fails at FLUX's size: torch 2.11, an H200; as pytorch/pytorch#122695
-    torch.backends.cuda.enable_cudnn_sdp(False)
     quantize(pipe.transformer, kind, "cpu" if offloaded else device)
     if offloaded:
         offload(pipe.transformer, device)

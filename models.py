@@ -31,6 +31,9 @@ from safely import UserError, first_line, number
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
+# cuDNN's attention fails at FLUX's size: torch 2.11, an H200; as pytorch/pytorch#122695
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 HERE = Path(__file__).resolve().parent
 TINY = str(HERE / "tiny/flux")
 SCHNELL = "black-forest-labs/FLUX.1-schnell"

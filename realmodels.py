@@ -13,7 +13,6 @@ import models  # first: it keeps transformers quiet
 import diffusers
 import transformers
 
-import costs
 import memory
 from sites import gate_sites
 
@@ -112,7 +111,7 @@ def plans(folder: Path) -> list[dict]:
         for form in ("step", "block", "both"):
             how = dict(sites=sites, load=load, pictures=1, itemsize=2, checkpoint=form)
             row[f"{form}_gib"] = round(memory.memory_needed(transformer, **how) / 2**30, 1)
-        passes = costs.PASSES["step"] + 1  # and the base's picture
+        passes = 4 - 1 / load.calls  # 3 to draw, all calls but one again; 1 for the base's picture
         flops = 8 * passes * load.rows * load.calls * memory.forward_flops(transformer, load)
         row |= dict(pflop_a_step=round(flops / 1e15, 1))
         rows.append(row | dict(hours_400_steps=round(400 * flops / SPEED / 3600, 1)))

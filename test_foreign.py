@@ -158,6 +158,11 @@ def test_folders(pipe, tmp_path, monkeypatch):
     assert evaluate.read_subject([both], None, None, {}).concept == ["gun", "knife"]
     assert foreign.home(both) == Path("results/gun+knife")
 
+    sizes = pipe.transformer.config | dict(num_layers=pipe.transformer.config.num_layers - 1)
+    shallow = type(pipe.transformer).from_config(sizes)
+    shallow.save_pretrained("shallow")
+    other.transformer = shallow
+    other.save_pretrained("shallow_pipeline")
     for name in ("part", "two/a", "two/b"):
         write(Path(f"{name}.safetensors"), EDITED)
     torch.save(EDITED, "pickle.pt")
@@ -165,6 +170,8 @@ def test_folders(pipe, tmp_path, monkeypatch):
     write_json(Path("sd3/config.json"), dict(_class_name="SD3Transformer2DModel"))
     for name, message in {
         "lacks": "has not the tensors of its class",
+        "shallow": "^shallow: of another size than the base: .* is None, the base's ",
+        "shallow_pipeline": "^shallow_pipeline: of another size than the base: ",
         "sd3": "sd3: is a SD3Transformer2DModel, the base's transformer a Flux",
         "two": "two: holds 2 .safetensors files",
         "pickle.pt": "is no .safetensors file",
