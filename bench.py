@@ -217,6 +217,8 @@ def run(args) -> None:
     if args.full:
         if args.cap_gib:
             total = torch.cuda.get_device_properties(0).total_memory
+            if args.cap_gib * 2**30 > total:
+                raise UserError(f"--cap_gib: the card has {total / 2**30:.1f}")
             torch.cuda.set_per_process_memory_fraction(args.cap_gib * 2**30 / total)
         common = dict(compile=args.compile, micro_batch=args.micro_batch, cap_gib=args.cap_gib)
         modes = [

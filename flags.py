@@ -35,7 +35,7 @@ OFFICIAL = dict(beta=0.1, temperature=0.83, noise=0.5, batch=2, retain_batch=2)
 # differs from paper: what follows the mask, in the same columns.
 HEALING = dict(
     heal=(0, 1, number(int, 0, 1), "1: then a LoRA, as the next six say"),
-    heal_steps=(200, 200, number(int, 0), "optimiser steps of the LoRA, by the same loss"),
+    heal_steps=(200, 200, number(int, 0), "optimiser steps of the LoRA"),
     heal_lr=(2e-3, 2e-3, NOT_NEGATIVE, "AdamW's learning rate there, which falls to 0"),
     heal_rank=(16, 16, COUNT, "the LoRA's rank"),
     reopen=(0, 0, SHARE, "before it: share of the closed gates to open, the most harmful ones"),
