@@ -35,6 +35,7 @@ from recompute import replaced
 
 CONCEPT = 2.0  # weight of the concept prompts' rows
 PICTURES = 80  # of concept prompts, at least
+OF_SEVERAL = 40  # of each of several teachers', at most
 NOISE = 2**41  # seeds far from those of training and of any evaluation
 
 
@@ -152,7 +153,7 @@ def states(transformer, sample, prompts, first_seed, batch) -> list:
 
 
 def pictures_of(pairs, retain) -> int:
-    """On how many pictures a fit to one teacher, or about as many to several, is made."""
+    """On how many pictures a fit to one teacher is made, or at most to several."""
     return len(retain) + -(-PICTURES // len(pairs)) * len(pairs)
 
 
@@ -169,13 +170,15 @@ def refit(
     transformer, sample, masked, teachers, *, retain, strength, rank, batch=16, seed=0
 ) -> dict:
     """The LoRA, see above, fitted on a picture of each retain prompt and PICTURES or more of the
-    teachers' prompts. sample(prompts, seeds) draws them; masked() is a context with the mask's
-    gates. Raises RuntimeError where a weight is not finite."""
+    teachers' prompts, of several at most OF_SEVERAL each. sample(prompts, seeds) draws them;
+    masked() is a context with the mask's gates. Raises RuntimeError where a weight is not
+    finite."""
     first_seed = NOISE + seed * 2**22
     groups = [(states(transformer, sample, retain, first_seed, batch), contextlib.nullcontext, {})]
     first_seed += 2**21  # after all noises that the retain prompts may take
     for i, teacher in enumerate(teachers):
         prompts = teacher.prompts * -(-PICTURES // (len(teacher.prompts) * len(teachers)))
+        prompts = prompts if len(teachers) == 1 else prompts[:OF_SEVERAL]
         with adapted(transformer, teacher.lora), teacher.masked():
             own = first_seed + i * PICTURES * 100
             found = states(transformer, sample, prompts, own, batch)
