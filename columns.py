@@ -1,6 +1,7 @@
 """Whose pictures an evaluation compares: erased models in, the columns of its table and their
 pictures out. A picture is drawn once and kept. foreign.py says what a path holds."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,14 +61,17 @@ def make_column(path: Path, out_dir: Path, base, cases: list, call: dict, lora_s
     return column._replace(form=found.form, closed=found.closed)
 
 
-def earlier_columns(names, out_dir: Path, cases: list[Case], call: dict) -> list[Column]:
-    """Those of earlier evaluations in out_dir of which pictures are still there."""
+def earlier_columns(names, out_dir: Path, cases: list, call: dict, weights: dict) -> list[Column]:
+    """Those of earlier evaluations in out_dir of which pictures are still there, and of a folder of
+    pictures the same. weights: {name: what told it from others then}."""
     found = []
     for name in names:
         column = Column(name, out_dir / slug(name))
         if not column.folder.is_dir() and foreign.is_pictures(Path(name)):
             with suppress(UserError):  # of other cases by now
                 column = picture_column(Path(name), cases, call)
+                if column.weights != weights.get(name, column.weights):
+                    continue
         if any(file.is_file() for file in column.files(cases)):
             found.append(column)
     return found
@@ -75,8 +79,16 @@ def earlier_columns(names, out_dir: Path, cases: list[Case], call: dict) -> list
 
 def picture_column(folder: Path, cases: list[Case], call: dict) -> Column:
     """Of pictures in folders by set, as cases.json lists them, or flat: named <set>_<name>.png, or
-    as many as there are cases, in their order, 2.png before 10.png. call: the sampler's arguments,
-    which a cases.json may say too. Raises UserError."""
+    as many as there are cases, in their order, 2.png before 10.png; told from others by a hash of
+    them. call: the sampler's arguments, which a cases.json may say too. Raises UserError."""
+    column = found_pictures(folder, cases, call)
+    files = [file for file in column.files(cases) if file.is_file()]
+    hashes = "".join(digest(file) for file in files)
+    return column._replace(weights=hashlib.sha256(hashes.encode()).hexdigest())
+
+
+def found_pictures(folder: Path, cases: list[Case], call: dict) -> Column:
+    """Without that hash."""
     told = read_json(folder / "cases.json")
     said = told["call"] if isinstance(told.get("call"), dict) else told  # flat: evaluate.py's own
     drawn = call | {name: said[name] for name in call if name in said}
@@ -84,7 +96,7 @@ def picture_column(folder: Path, cases: list[Case], call: dict) -> Column:
         raise UserError(f"{folder}: its cases.json is of the call {drawn}, not {call}")
     listing = told.get("cases")
     rows = [row for row in listing if isinstance(row, dict)] if isinstance(listing, list) else []
-    known = {row.get("file"): (row.get("prompt"), row.get("seed")) for row in rows}
+    known = {str(row.get("file")): (row.get("prompt"), row.get("seed")) for row in rows}
     for case in cases if listing else ():
         if known.get(case.file) != (case.prompt, case.seed):
             raise UserError(f"{folder}: its cases.json has no {case.file} of this prompt and seed")
@@ -184,9 +196,11 @@ def check_columns(columns: list[Column], cases: list[Case], listings: dict, size
         for path in (*homes, *files) if column.load else ():
             check_link(path)
             remove_leftovers(path)
-        if column.load and any(column.folder.glob("*/*.png")):
+        has_some = any(column.folder.glob("*/*.png")) or (column.folder / LATENTS).exists()
+        if column.load and has_some:
             if read_json(column.folder / "cases.json") != listings[column.name]:
-                found = f"{column.folder} holds pictures of other prompts, sizes or weights"
+                found = f"{column.folder} holds pictures of other prompts, sizes or weights, or"
+                found += " drawn on another device or by other versions of packages"
                 raise UserError(f"--out_dir: {found}; delete it or choose another folder")
     for column in columns:
         known = read_json(column.folder / "pictures.json") if column.load else {}
@@ -254,6 +268,9 @@ def residues(column: Column, base: Column, cases: list[Case]) -> dict:
     for one in (column, base):
         try:
             loaded.append(load_file(one.folder / LATENTS))
+            lacking = {"concept", *(["neutral"] if one is base else [])} - loaded[-1].keys()
+            if lacking:
+                raise SafetensorError(f"no {min(lacking)}")
         except (SafetensorError, OSError) as error:
             found = f"is damaged ({first_line(error)}); delete it"
             raise UserError(f"{one.folder / LATENTS}: {found}") from None

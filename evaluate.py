@@ -100,9 +100,10 @@ def earlier_results(out_dir: Path, about: dict, columns: list[Column]) -> dict:
     not: they stay in its table, their weights and forms in `about`. Raises UserError if they are of
     other cases, another judge or other versions."""
     found = read_json(out_dir / "results.json")
-    before = found.get("about", {})
-    names = [column.name for column in columns]
-    left = {name: x for name, x in found.get("results", {}).items() if name not in names}
+    before, results = found.get("about", {}), found.get("results", {})
+    if not (isinstance(before, dict) and isinstance(results, dict)):
+        raise UserError(f"--out_dir: {out_dir / 'results.json'} is damaged; delete it")
+    left = {k: x for k, x in results.items() if k not in [column.name for column in columns]}
     for key in sorted(before.keys() | about.keys() if left else ()):
         if key in ("weights", "forms"):
             about[key] = before.get(key, {}) | about[key]
@@ -163,9 +164,9 @@ def prepare(
             PartialState().print(f"--controls: {lacking}", flush=True)
     about = dict(concept=subject.concept, model=models.portable_name(subject.model))
     about |= dict(dtype=str(pipe.dtype)) | subject.call
-    listings = {}
-    for column in columns + controls:
-        listings[column.name] = about | dict(weights=column.weights, cases=listed(cases))
+    drawn_by = about | report.versions() | dict(device=args.device.partition(":")[0], base=weights)
+    drawn_by |= dict(cases=listed(cases))
+    listings = {c.name: drawn_by | dict(weights=c.weights) for c in columns + controls}
     size = (subject.call["width"], subject.call["height"])
     check_columns(columns + controls, cases, listings, size)
 
@@ -258,7 +259,8 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     write_json(out_dir / "scores.json", scored)
     report.write_report(results, about, evaluation.columns, cases, scores, out_dir)
     others = [name for name in evaluation.earlier if name in about["forms"]]  # no controls
-    before = earlier_columns(others, out_dir, cases, evaluation.call)
+    known = evaluation.about["weights"]
+    before = earlier_columns(others, out_dir, cases, evaluation.call, known)
     shown = [base, *before, *evaluation.columns[1:]]
     compared = ", ".join(f"{column.name} ({about['forms'][column.name]})" for column in shown[1:])
     title = f"{', '.join(about['concept'])}: {compared}"
@@ -268,6 +270,12 @@ def measure(evaluation: Evaluation, device) -> dict | None:
     times = f"{seconds['all']} s, of which {seconds['drawing']} s drawing"
     print(f"wrote {out_dir}/: {files}; {times}", flush=True)
     return results
+
+
+# What would do nothing: there is no erased model, and nothing is scored.
+UNUSED = ("controls", "lora_scale", "nudenet", "nudenet_v2", "real", "out_dir")
+WITHOUT_FOLDERS = dict(export_cases=(*UNUSED, "threshold"))
+WITHOUT_FOLDERS |= dict(filter=(*UNUSED, "retain", "num_pictures", "per_neighbour"))
 
 
 def parse_args(argv=None):
@@ -325,6 +333,9 @@ def parse_args(argv=None):
         raise UserError("--export_cases: takes --concept, no folder and no --filter")
     for flag in ("filter", "export_cases"):
         file = getattr(args, flag)
+        for other in WITHOUT_FOLDERS[flag] if file else ():
+            if getattr(args, other) != parser.get_default(other):
+                raise UserError(f"--{other}: does not go with --{flag}")
         if file and file.exists():
             raise UserError(f"--{flag}: {file} is there already")
         if file and not file.absolute().parent.is_dir():
@@ -376,7 +387,9 @@ def run(args) -> None:
         how = dict(call=subject.call, batch=batch, device=args.device)
         write_pairs(args.filter, rows, words, panel, pipe, **how)
         command = ["python", "erase.py", "--concept", *args.concept, "--model", subject.model]
-        command += ["--kind", args.kind] if args.kind else []
+        for flag in ("kind", *models.CALL_FLAGS):
+            told = getattr(args, flag)
+            command += [] if told is None else [f"--{flag}", str(told)]
         command = shlex.join([*command, "--prompts", str(args.filter)])
         print(f"wrote {args.filter}; next: {command}")
         return
@@ -405,10 +418,10 @@ def run(args) -> None:
         words = read_words(subject)
         cases, minors = make_cases(words, **wanted)
         out_dir = home_of(paths, args.out_dir)
-        if out_dir in homes:
+        if out_dir.resolve() in homes:
             found = f"{paths[0]} and another one would both go to {out_dir}"
             raise UserError(f"--out_dir: {found}; evaluate them one by one, or --compare")
-        homes.add(out_dir)
+        homes.add(out_dir.resolve())
         asked.append((paths, subject, words, cases, minors, out_dir))
     nudenet = NudeNet(args.nudenet_v2) if args.nudenet or args.nudenet_v2 else None
     how = dict(args=args, dtype=dtype, nudenet=nudenet)

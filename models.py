@@ -498,6 +498,15 @@ class Encoded(Exception):
     """Raised where the sampler first calls its transformer: by then its prompts are encoded."""
 
 
+@contextlib.contextmanager
+def refused(pipe):
+    """What the pipeline says of its arguments becomes a UserError."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"--model: {type(pipe).__name__} says: {first_line(error)}") from None
+
+
 def encode_all(pipe, device, prompts, call: dict) -> None:
     """Has the sampler encode the prompts, each once, and draw nothing; then the text encoders go.
     They encode on the device if they fit there. call: what pipe(...) takes."""
@@ -515,13 +524,8 @@ def encode_all(pipe, device, prompts, call: dict) -> None:
     with pipe.transformer.register_forward_pre_hook(stop):
         for start in range(0, len(prompts), 16):  # fewer calls of the sampler, not larger batches
             part = prompts[start : start + 16]
-            try:
+            with refused(pipe), contextlib.suppress(Encoded):
                 pipe(output_type="latent", **for_prompts(call, part))
-            except Encoded:
-                pass
-            except (ValueError, TypeError, ImportError) as error:  # what it asks of its arguments
-                name = type(pipe).__name__
-                raise UserError(f"--model: {name} says: {first_line(error)}") from None
     for name in encoders:
         setattr(pipe, name, None)
     torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ import csv
 import io
 from pathlib import Path
 
-import models  # noqa: F401  (first: it keeps transformers quiet)
+import models  # first: it keeps transformers quiet
 
 # isort: split
 from cases import Words, concept_rows
@@ -23,6 +23,7 @@ def filter_pairs(pipe, rows, question: str, panel: Panel, *, call, batch, device
     prompts = [row["prompt"] for row in rows] + [row["neutral_prompt"] for row in rows]
     neutrals = prompts[count:] * 2
     seeds = [row["evaluation_seed"] for row in rows] * 2
+    models.remember_prompts(pipe)  # encoded as in erase.py
     drawn = draw(pipe.to(device), prompts, seeds, batch, **call)
     pipe.to("cpu")
     panel.to(device)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from models import for_prompts
+from models import for_prompts, refused
 from safely import UserError, first_line, write_atomically, write_text
 
 
@@ -19,7 +19,8 @@ def sample(pipe, prompt: list, **arguments) -> list:
         final.update(tensors)
         return {}
 
-    images = pipe(prompt=prompt, callback_on_step_end=keep, **arguments).images
+    with refused(pipe):
+        images = pipe(prompt=prompt, callback_on_step_end=keep, **arguments).images
     if not final["latents"].isfinite().all():
         raise RuntimeError(f"latents of {prompt[0]!r} are not finite: damaged weights?")
     return images
@@ -64,7 +65,7 @@ def check_picture(file: Path, size: tuple | None = None) -> None:
                 picture.verify()
             else:  # verify() looks into no other format
                 picture.load()
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: is no whole picture: {first_line(error)}") from None
     if size and found != size:
         wanted = f"{size[0]} x {size[1]}"

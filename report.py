@@ -172,6 +172,11 @@ def counts(numbers: dict, word: str = "") -> str:
     return ", ".join(f"{n} {word}{name}" for name, n in numbers.items())
 
 
+def versions(*names: str) -> dict:
+    """{library: its version}; by default of those that draw."""
+    return {name: version(name) for name in names or ("torch", "diffusers", "transformers")}
+
+
 def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
     """What results.json says of where the pictures come from. files: of prompts."""
     prompts = {}
@@ -180,7 +185,6 @@ def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
     digests = {}
     for file in filter(Path.is_file, files):
         digests[models.portable_name(str(file))] = hashlib.sha256(file.read_bytes()).hexdigest()
-    libraries = ("torch", "diffusers", "transformers", "torchmetrics")
     return dict(
         model_revision=models.address(model)[1],
         pictures={name: len(texts) for name, texts in prompts.items()},
@@ -189,7 +193,7 @@ def provenance(model: str, cases: list[Case], files: list[Path]) -> dict:
         neutral_sha256=neutral_digest(cases),
         prompt_files=digests,
         seeds="each prompt's evaluation_seed, + 100,000 for each repetition",
-        versions={name: version(name) for name in libraries},
+        versions=versions("torch", "diffusers", "transformers", "torchmetrics"),
     )
 
 

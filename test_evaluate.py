@@ -341,6 +341,8 @@ def test_other_tools(pipe, tmp_path, capsys):
     told["cases"][0]["seed"] += 1
     write_json(by_name / "cases.json", told)
     assert "its cases.json has no concept/00000" in refused(capsys, *compare, by_name)
+    unused = refused(capsys, "--export_cases", tmp_path / "x.json", *few, "--controls")
+    assert "--controls: does not go with --export_cases" in unused
     again = refused(capsys, "--export_cases", listing, *few)
     assert f"--export_cases: {listing} is there already" in again
 
@@ -401,7 +403,7 @@ def test_filter_keeps_the_pairs_that_show_the_concept(tmp_path, capsys):
     rows = read_rows(out, "")
     train = of_split(rows, "train")
     gaps = [float(row["background_gap"]) for row in train]
-    assert 20 <= len(train) <= 24 and len(rows) == len(train) + 250
+    assert 95 <= len(train) <= 104 and len(rows) == len(train) + 250
     assert gaps == sorted(gaps) and gaps[-1] > 0
     dry = f"--prompts {out} --out_dir {tmp_path}/run --dry_run"
     assert erase.main([*here, *dry.split()]) == 0

@@ -133,6 +133,10 @@ def test_columns_of_before(page, tmp_path):
         folder.mkdir()
         for i in range(number):
             Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
-    found = earlier_columns(["x/gone", str(flat), "base", str(other)], tmp_path, cases, {})
+    found = earlier_columns(["x/gone", str(flat), "base", str(other)], tmp_path, cases, {}, {})
     assert [column.name for column in found] == [str(flat), "base"]
     assert found[0].files(cases)[4] == flat / "4.png"
+    known = {str(flat): found[0].weights}
+    assert earlier_columns([str(flat)], tmp_path, cases, {}, known)
+    Image.new("RGB", (8, 8), "red").save(flat / "2.png")  # exchanged since it was scored
+    assert not earlier_columns([str(flat)], tmp_path, cases, {}, known)

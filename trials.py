@@ -198,10 +198,11 @@ def read_log(out_dir: Path, about: dict, cases: list[Case]) -> list[dict]:
     of a run about this, its cases' prompts the same."""
     log = out_dir / "attacks.jsonl"
     check_regular(log)
-    whole = log.read_text(encoding="utf-8").rpartition("\n")[0] if log.is_file() else ""
     try:
+        whole = log.read_text(encoding="utf-8").rpartition("\n")[0] if log.is_file() else ""
         records = [json.loads(line) for line in whole.splitlines()]
         keys = {key for record in records for key in RECORD - record.keys()}
+        keys |= {"about" for record in records if not isinstance(record.get("about"), dict)}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"--out_dir: {log} is damaged ({first_line(error)})") from None
     if keys:
@@ -283,7 +284,13 @@ def prepare(
     pipe = models.load_pipeline(subject.model, device)
     found = foreign.find(erased, pipe, lora_scale)
     loras.check_scale(lora_scale, [found.form])
-    about |= dict(mask=hashlib.sha256(found.weights.encode()).hexdigest()[:16])
+    weights = dict(mask=found.weights, base_weights=str(artefacts.fingerprints(pipe)))
+    if oracle:
+        unaware = models.load_pipeline(str(oracle), device)
+        weights |= dict(oracle_weights=str(artefacts.fingerprints(unaware)))
+    if hasattr(seeing, "model"):
+        weights |= dict(judge_weights=artefacts.fingerprint(seeing.model))
+    about |= {k: hashlib.sha256(told.encode()).hexdigest()[:16] for k, told in weights.items()}
     records = read_log(out_dir, about, cases + replayed)
     lost = f"; {dropped} prompts about minors dropped" if dropped else ""
     about_noise = f"{len(cases)} prompts, {SEEDS} noises each"
@@ -298,8 +305,7 @@ def prepare(
         base = open_model(pipe, {}, subject.call, banned, pairs)
     loaded = dict(erased=attacked, base=base)
     if oracle:
-        pipe = models.load_pipeline(str(oracle), device)
-        loaded["oracle"] = open_model(pipe, {}, subject.call, banned, pairs)
+        loaded["oracle"] = open_model(unaware, {}, subject.call, banned, pairs)
     if hasattr(seeing, "model"):
         seeing.model.to(device)
     return Setup(
