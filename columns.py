@@ -298,8 +298,7 @@ def draw_missing(column: Column, cases: list[Case], call: dict, batch: int, devi
     is_first = PartialState().is_main_process
     if todo or (lacks_latents and is_first):
         pipe = column.load()
-        if "encode_prompt" not in vars(pipe):  # once for all columns of the base
-            models.remember_prompts(pipe)
+        models.remember_prompts(pipe)  # once for all columns of the base
         pipe.to(device)
         is_quiet = not PartialState().is_local_main_process
         with erase.gated(pipe.transformer, column.gates):

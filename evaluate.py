@@ -273,7 +273,7 @@ def measure(evaluation: Evaluation, device) -> dict | None:
 
 
 # What would do nothing: there is no erased model, and nothing is scored.
-UNUSED = ("controls", "lora_scale", "nudenet", "nudenet_v2", "real", "out_dir")
+UNUSED = ("controls", "lora_scale", "nudenet", "nudenet_v2", "real")
 WITHOUT_FOLDERS = dict(export_cases=(*UNUSED, "threshold"))
 WITHOUT_FOLDERS |= dict(filter=(*UNUSED, "retain", "num_pictures", "per_neighbour"))
 

@@ -458,6 +458,8 @@ def collate(encoded: list):
 
 def remember_prompts(pipe) -> None:
     """Makes pipe.encode_prompt encode each prompt once, by itself, and keep it on the CPU."""
+    if "encode_prompt" in vars(pipe):  # it does already
+        return
     if getattr(pipe, "pe", None) is not None:
         pipe.pe = None  # ERNIE-Image's, which writes each prompt anew before it is encoded
     stock = pipe.encode_prompt
