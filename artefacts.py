@@ -38,7 +38,7 @@ MASK_FORMAT = "minimalist-concept-erasure mask 3"
 NOT_RECORDED = ("resume", "dry_run", "device", "out_dir")
 FREE = ("save", "save_every", "checkpoint", "micro_batch", "offload", "compile")
 FITTED = ("refit", "refit_rank")
-OF_TYPE = dict(on=(str,), neutral=(str,), prompts=(str,), num_prompts=(int,))  # where not null
+OF_TYPE = dict(on=str, neutral=str, prompts=str, num_prompts=int)  # in config.json, or null
 
 
 def add_flags(parser) -> None:
@@ -507,8 +507,8 @@ def erased_config(folder: Path) -> dict:
         raise UserError(f"{where} kind is {kind!r}")
     if not isinstance(model, str) or not model.strip() or not model.isprintable():
         raise UserError(f"{where} model is {model!r}")
-    for key, kinds in OF_TYPE.items():
-        if not isinstance(config.get(key), (*kinds, type(None))):
+    for key, kind in OF_TYPE.items():
+        if not isinstance(config.get(key), kind | None):
             raise UserError(f"{where} {key} is {config[key]!r}")
     models.check_call(config.get("call"), f"{where} call")
     parts = config.get("parts", {})

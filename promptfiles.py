@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from safely import UserError, check_regular, first_line, number
 
-PAIRS = 200  # 20 are learned by heart
+PAIRS = 200  # at most; 20 are learned by heart
 FLAGS = ("concept", "kind", "neutral", "prompts", "retain", "num_prompts")
 KINDS = ("object", "style", "person")
 COLUMNS = ("case_number", "prompt", "neutral_prompt", "evaluation_seed", "split")
