@@ -97,11 +97,6 @@ def plan(
         how = dict(quantize=quantize, offload=offload, itemsize=itemsize)
         return needed(checkpoint=mode, pictures=count, **how) + beside
 
-    of_refit = memory.refit_needs(transformer, load, refitted, itemsize)
-    if of_refit > free_of_host:
-        found = f"{of_refit / 2**30:.1f} GiB of CPU memory, {free_of_host / 2**30:.1f} GiB are free"
-        advice = "try fewer --retain prompts, a smaller --height and --width, or --refit 0"
-        raise UserError(f"--refit: needs about {found}; {advice}")
     of_host = memory.block_bytes(transformer, itemsize, quantize)
     if offload and of_host > free_of_host:
         found = f"{of_host / 2**30:.1f} GiB of CPU memory, {free_of_host / 2**30:.1f} GiB are free"
@@ -114,6 +109,11 @@ def plan(
             if encoders + 2**30 >= free:  # as encode_all sees it
                 size = f"{encoders / 2**30:.1f} GiB"
                 line += f"; the text encoders, {size}, do not fit there and encode on the CPU"
+            of_refit = memory.refit_needs(transformer, load, refitted, itemsize)
+            if of_refit > free_of_host:
+                found = f"{of_refit / 2**30:.1f} GiB of CPU memory"
+                advice = "try fewer --retain prompts, a smaller --height and --width, or --refit 0"
+                raise UserError(f"--refit: needs about {found}; {advice}")
             return dict(checkpoint=mode, micro_batch=count), line
 
     ways = [("none", False)]

@@ -458,7 +458,7 @@ def collate(encoded: list):
 
 def remember_prompts(pipe) -> None:
     """Makes pipe.encode_prompt encode each prompt once, by itself, and keep it on the CPU."""
-    if "encode_prompt" in vars(pipe):  # it does already
+    if hasattr(pipe.encode_prompt, "known"):  # it does already
         return
     if getattr(pipe, "pe", None) is not None:
         pipe.pe = None  # ERNIE-Image's, which writes each prompt anew before it is encoded
@@ -485,6 +485,7 @@ def remember_prompts(pipe) -> None:
             encoded.append(known[key])
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), collate(encoded))
 
+    encode_prompt.known = known
     pipe.encode_prompt = encode_prompt
 
 

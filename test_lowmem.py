@@ -226,7 +226,7 @@ REFUSED = [
     (("both", 16), "auto", dict(device="cuda"), FITS + ".*--quantize fp8 .*nf4 .*--offload "),
     (("both", 16), "auto", dict(device="cuda", host=9), FITS + r".*--quantize nf4 \([^;]*$"),
     (("both", 16), "auto", dict(device="cuda", host=9, offload=True), "--offload: .* of CPU mem"),
-    (("none", 16), "auto", dict(refitted=10**9), "--refit: needs about .* of CPU memory, "),
+    (("both", 1), "auto", dict(refitted=10**9), "--checkpoint: "),
     (None, "auto", {}, ".*; nothing fits; try a smaller --height"),
     (None, "step", dict(offload=True), "--offload: needs --checkpoint block or both, not step"),
     (None, "both", dict(offload=True, compile=True), "--compile: does not go with --offload"),
@@ -244,6 +244,11 @@ def test_refused_plans(almost, mode, flags, message, plan, monkeypatch):
     free = needs(*almost) - 1 if almost else 1000
     with pytest.raises(UserError, match=f"^{message}"):
         plan(free, mode, **flags)
+
+
+def test_regression_that_does_not_fit_is_refused(plan):
+    with pytest.raises(UserError, match="^--refit: needs about .* GiB of CPU memory; try fewer"):
+        plan[0](2**40, refitted=10**9)
 
 
 def test_libraries_and_dtypes(plan, monkeypatch):
