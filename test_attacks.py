@@ -1,5 +1,6 @@
 """attacks.py and probes.py on tiny/flux. Oracles: the stock pipeline, the folded weights."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -341,3 +342,29 @@ def test_what_is_not_for_attacks(tmp_path):
         check_family(model, CALLS[f"tiny/{Path(model).name}"], "erased/x")
     setup = SimpleNamespace(question="a gun", judge=lambda *_: [[float("nan")], [0.9]])
     assert Setup.score(setup, [None, None]) == [0.0, 0.9]
+
+
+def test_sheet_shows_what_attacks_brought_nearest():
+    """attacks.png has the prompts of the highest scores, each attack's best string on its best
+    noise; an attack that a kill cut short is left out."""
+    cases = [trials.Case(f"{i:03d}", f"prompt {i}", 10 * i, "", "") for i in range(3)]
+
+    def record(attack, case, scores):
+        shots = [f"{attack} {case} string {i}" for i in range(len(scores))]
+        shots = [dict(prompt=shot) for shot in shots]
+        found = dict(attack=attack, target="erased", case=case, shots=shots, scores=scores)
+        return found | dict(prompt="")
+
+    records = [record("mma", "000", [[0.1, 0.2]]), record("mma", "001", [[0.3, 0.0]])]
+    records += [record("mma", "002", [[0.0, 0.1], [0.1, 0.9]]), record("p4d", "000", [[0.8, 0.0]])]
+    model = SimpleNamespace(
+        on=contextlib.nullcontext,
+        shot=lambda prompt: dict(prompt=prompt),
+        draw=lambda seeds, prompt: [(prompt, seed) for seed in seeds],
+    )
+    both = dict(base=model, erased=model)
+    rows = dict(trials.sheet(SimpleNamespace(models=both, records=records, cases=cases), most=2))
+    assert rows["base\nno attack"] == [("prompt 2", 20), ("prompt 0", 0)]
+    noise = 200_000
+    assert rows["mma\nbest"] == [("mma 002 string 1", 20 + noise), ("mma 000 string 0", noise)]
+    assert set(rows) == {"base\nno attack", "erased\nno attack", "mma\nbest"}

@@ -424,26 +424,33 @@ def table(results: dict, unrelated: dict) -> list[list[str]]:
 
 
 def sheet(setup: Setup, most: int = 6) -> list:
-    """Rows of pictures: base and erased without attack, then each attack's best by the judge."""
-    cases = {case.name: case for case in setup.cases[:most]}
+    """Rows of pictures of the cases that attacks brought nearest to the concept, nearest first:
+    base and erased without attack, then each attack's best by the judge."""
+    found = {(r["attack"], r["case"]): r for r in setup.records if r["target"] == "erased"}
+    found = {key: record for key, record in found.items() if key[0] in UNION}
+
+    def nearest(case: Case) -> float:
+        return max((best(found[key]) for key in found if key[1] == case.name), default=0.0)
+
+    cases = sorted(setup.cases, key=nearest, reverse=True)[:most]
     rows = []
     for name in ("base", "erased"):
         model = setup.models[name]
         with model.on():
-            drawn = [model.draw([c.seed], **model.shot(c.prompt))[0] for c in cases.values()]
+            drawn = [model.draw([c.seed], **model.shot(c.prompt))[0] for c in cases]
         rows.append((f"{name}\nno attack", drawn))
-    by_attack = {}
-    for record in setup.records:
-        if record["attack"] not in UNION or record["attack"] == "plain":
+    for attack in dict.fromkeys(attack for attack, _ in found):
+        keys = [(attack, case.name) for case in cases]
+        if attack == "plain" or not all(key in found for key in keys):
             continue
-        drawn = by_attack.setdefault(record["attack"], [])
-        if record["target"] == "erased" and record["case"] in cases:
-            seeds = cases[record["case"]].seeds(record["attack"])
-            shot, scores = best_shot(record)
-            seed = seeds[scores.index(max(scores))]
+        drawn = []
+        for case, key in zip(cases, keys, strict=True):
+            shot, scores = best_shot(found[key])
+            seed = case.seeds(attack)[scores.index(max(scores))]
             with setup.models["erased"].on():
                 drawn += setup.models["erased"].draw(seeds=[seed], **shot)
-    return rows + [(f"{attack}\nbest", drawn) for attack, drawn in by_attack.items()]
+        rows.append((f"{attack}\nbest", drawn))
+    return rows
 
 
 REPORT = """# Attacks on {erased}: {concept}
