@@ -224,14 +224,16 @@ def load_erased(*folders, device=None, dtype=None):
 def check_apart(folders: list[Path]) -> None:
     """Raises UserError where one of them is named twice, or is in another already: its LoRA would
     count twice."""
-    named = {folder.resolve() for folder in folders}
-    if len(named) < len(folders):
+    if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"one of the folders is named twice: {', '.join(map(str, folders))}")
+    found = {}  # {folder: which of those named it is, or is in}
     for folder in folders:
-        config = erased_config(folder)
-        for name in (*config.get("parts", {}), config.get("on")):
-            if name and Path(models.local_name(name)).resolve() in named:
-                raise UserError(f"{folder}: {name} is in it already; leave one of them out")
+        below = [under(run) for run in runs_of(erased_config(folder))]
+        for path in {path.resolve() for path in (folder, *sum(below, []))}:
+            first = found.setdefault(path, folder)
+            if first != folder:
+                pair = f"{first} and {folder} have {path.name} in common"
+                raise UserError(f"{pair}; leave one of them out")
 
 
 def base_of(model: str | None, device: str) -> tuple[str, str | None]:
@@ -390,16 +392,17 @@ def listing(folder: Path) -> str:
     return " ".join(path.name for path in visible(folder))
 
 
-def last_words(folder: Path, steps: int, left: list[str]) -> str:
+def last_words(folder: Path, steps: int, heal: int, left: list[str]) -> str:
     """What a finished run wrote, and what to do next; `left`: the concepts that are still there.
-    steps: of the mask, 0 where folders were put together."""
+    steps: of the mask, 0 where there was none to learn; heal: whether there is a LoRA."""
     lines = [f"wrote {folder}/: {listing(folder)}"]
     if 0 < steps < 200:
         lines.append(f"after only {steps} steps few gates have closed yet: a trial, not a result")
     if left:
-        advice = "more --steps, --heal_steps or --num_prompts, or a smaller --beta"
-        advice = advice if steps else "--heal_steps 400"
-        lines.append(f"warning: NOT ERASED: {', '.join(left)}; try {advice}")
+        advice = "; try more --steps, --heal_steps or --num_prompts, or a smaller --beta"
+        advice = advice if heal else "; try --heal 1, more --steps, or a smaller --beta"
+        advice = advice if steps else "; try --heal_steps 400" * heal
+        lines.append(f"warning: NOT ERASED: {', '.join(left)}{advice}")
         return "\n".join(lines)
     preview = shlex.quote(str(folder / "preview.png"))
     lines.append(f"next: look at {preview}, then python evaluate.py {shlex.quote(str(folder))}")
@@ -442,6 +445,12 @@ def kinds_in(configs: list[dict]) -> dict:
     return kinds
 
 
+def under(config: dict) -> list[Path]:
+    """The erased folders that a run is made of, or stands on."""
+    names = [*config.get("parts", {}), *([config["on"]] if config.get("on") else [])]
+    return [Path(models.local_name(name)) for name in names]
+
+
 def runs_of(config: dict) -> list[dict]:
     """This run, those that it stands on, and those that it is made of."""
     runs = []
@@ -450,8 +459,7 @@ def runs_of(config: dict) -> list[dict]:
         run = below.pop()
         if run not in runs:  # else they stand on each other in a circle
             runs.append(run)
-            names = [*run.get("parts", {}), *([run["on"]] if run.get("on") else [])]
-            below += [read_config(Path(models.local_name(name))) for name in names]
+            below += [read_config(folder) for folder in under(run)]
     return runs
 
 

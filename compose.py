@@ -94,6 +94,8 @@ def fill(args) -> None:
     for flag, value in usual.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+    if args.heal and args.refit == 0 and not args.heal_steps:
+        raise UserError("--refit: 0 leaves no LoRA; add --heal_steps, or --heal 0 for masks alone")
 
 
 def rows_of_parts(args, folder: Path) -> list[promptfiles.Rows]:

@@ -264,6 +264,7 @@ def train(
 ):  # fmt: skip
     """Learns the gates of pipe.transformer. Returns the mask, {site: (U,) of 0 and 1}.
 
+    pipe: frozen, each part by requires_grad_(False), as the sampler runs with gradients.
     pairs: [(prompt, neutral prompt)]; retain: [prompt]; call: the sampler's arguments; others as in
     DEFAULTS and the flags. After each step on_step(metrics, state) is called, with a dict of floats
     and one of tensors; first_step and state go on from there. Raises RuntimeError if not finite.
@@ -283,11 +284,11 @@ def train(
         logits.data.copy_(state["logits"])
         optimizer.state[logits] = {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
     threshold = closing_threshold(logits, max_closed)
-    harms = torch.zeros_like(rates)
+    harm_of = torch.zeros_like(rates)
     if harm and first_step < steps:
         draws = min(harm_draws, steps * retain_batch)  # no longer than the training itself
         found = harm_of_closing(pipe, retain, sites, draws=draws, seed=seed, **how)
-        harms = torch.cat(list(found.values()))
+        harm_of = torch.cat(list(found.values()))
 
     is_quiet = processes()[0] > 0
     bar = tqdm(range(first_step, steps), "erase", steps, initial=first_step, disable=is_quiet)
@@ -303,7 +304,7 @@ def train(
         # on to the logits; harm, which the logged loss leaves out, fades until 70 % of the steps
         foresight = beta * harm * max(0.0, 1 - step / (0.7 * steps))
         optimizer.zero_grad()
-        relaxed.backward(gates.grad.cpu() - foresight * harms)  # d/dgate of h (1 - gate) is -h
+        relaxed.backward(gates.grad.cpu() - foresight * harm_of)  # d/dgate of h (1 - gate) is -h
         before = logits.detach().clone()
         optimizer.step()  # AdamW's step is linear in its rate: of rate 1, each gate takes its own
         logits.data.copy_(before.lerp(logits.data, rates * (1 - lr_decay * step / steps)))
@@ -347,8 +348,8 @@ def run(args) -> None:
         size = heal.size_of(meta, args.heal_rank)
         fitted = pictures_of(rows.pairs, rows.retain) if args.refit else 0
         learnt = dict(lora=heal.lora_layers(meta), lora_size=size, refitted=fitted)
-    what = meta, others, kind, sites, call
-    chosen, plan = lowmem.plan(*what, args.device, **flags(lowmem.FLAGS), **learnt)
+    of_plan = flags(lowmem.FLAGS) | learnt
+    chosen, plan = lowmem.plan(meta, others, kind, sites, call, args.device, **of_plan)
     vars(args).update(chosen)
     config = artefacts.run_config(vars(args), call, rows)
     total = sum(site.units for site in sites.values())
@@ -366,16 +367,14 @@ def run(args) -> None:
     first_step, state = artefacts.read_state(args.out_dir, "logits", total, cases, args.steps)
     healed = 0, {}
     if args.heal and first_step == args.steps:
-        what = "lora", size, cases, args.heal_steps, args.steps
-        healed = artefacts.read_state(args.out_dir, *what)
+        steps = args.heal_steps, args.steps
+        healed = artefacts.read_state(args.out_dir, "lora", size, cases, *steps)
 
     dtype = models.default_dtype(args.device, meta)
-    pipe, base, given = artefacts.load_base(args.model, args.on, dtype)
-    teachers = []
+    pipe, base, below = artefacts.load_base(args.model, args.on, dtype)  # below: in its weights
+    added, teachers = imported or artefacts.Erasure(), []
     if args.compose:
-        given, teachers = compose.teachers(args, pipe)
-    if imported:
-        given = artefacts.joined(given, imported)
+        added, teachers = compose.teachers(args, pipe)
     workers.wait_for_everyone()  # all have looked at out_dir
     log = artefacts.open_folder(args.out_dir, config, first_step + healed[0]) if is_first else None
 
@@ -394,15 +393,13 @@ def run(args) -> None:
     of_mask = flags((*DEFAULTS, "modules", "steps", "seed"))
     of_mask |= dict(first_step=first_step, state=state, on_step=log)
     mask = train(pipe, pairs, retain, **of_mask | learning)
-    ours = artefacts.Erasure(mask, args.modules)
-    if teachers:  # unlike a run that this one stands on, they are not in the weights yet
-        ours, given = artefacts.joined(ours, given), artefacts.Erasure()
+    ours = artefacts.joined(artefacts.Erasure(mask, args.modules), added)
     if args.heal and args.reopen:
         closable = gate_sites(pipe.transformer, ours.modules)
         how = dict(call=call, micro_batch=args.micro_batch, checkpoint=args.checkpoint)
         harm = harm_of_closing(pipe, retain, closable, seed=args.seed, **how)
         ours = ours._replace(mask=reopened(ours.mask, harm, args.reopen))
-    erasure = artefacts.joined(ours, given)
+    erasure = artefacts.joined(ours, below)
     mask = erasure.mask
 
     # the LoRA. differs from paper
@@ -426,7 +423,7 @@ def run(args) -> None:
     sheet = []
     noises = range(HELD_OUT_NOISE, HELD_OUT_NOISE + len(tests))
     how = dict(call=call, micro_batch=args.micro_batch)
-    for name, gates, change in (("base", {}, {}), ("erased", mask, lora)):
+    for name, gates, change in (("before", {}, {}), ("erased", mask, lora)):
         with torch.no_grad():
             errors[name] = case_errors(pipe, tests, noises, gates, None, change, **how)
         with heal.adapted(pipe.transformer, change), gated(pipe.transformer, gates):
@@ -439,7 +436,7 @@ def run(args) -> None:
     erasure = erasure._replace(lora=heal.joined(erasure.lora, lora))
     artefacts.save(args.out_dir, config, args.model, kind, base, erasure)  # finished
     left = pictures.not_erased(errors, held_out)
-    print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps, left)}")
+    print(f"{line}\n{artefacts.last_words(args.out_dir, args.steps, args.heal, left)}")
 
 
 def main(argv=None) -> int:

@@ -6,7 +6,7 @@ import importmask
 import lowmem
 import models
 import promptfiles
-from safely import Parser, number
+from safely import Parser, UserError, number
 from sites import MODULES
 
 # Flags by preset: the paper's table 6, and what measured best on tiny/flux; then kind and help.
@@ -16,7 +16,7 @@ RELAXATIONS = ("sigmoid", "hard_concrete", "straight_through")
 NOT_NEGATIVE, COUNT, SHARE = number(float, 0), number(int, 1), number(float, 0, 1)
 DEFAULTS = dict(
     gate=("hard_concrete", "straight_through", str, "relaxation of the gates"),
-    temperature=(2 / 3, 2 / 3, number(float, 0.01), "of hard_concrete"),
+    temperature=(2 / 3, 2 / 3, number(float, 0.01, 1.25), "of hard_concrete"),
     noise=(1.0, 1.0, SHARE, "of hard_concrete: how much of its noise's range is drawn from"),
     lr_ffn=(0.5, 0.25, NOT_NEGATIVE, "learning rate of all gates but norm's"),
     lr_norm=(0.5, 0.25, NOT_NEGATIVE, "learning rate of the norm gates"),
@@ -57,6 +57,17 @@ def shown(value) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def check_used(args, given: list[str]) -> None:
+    """Raises UserError for a flag of DEFAULTS or HEALING that would change nothing."""
+    other = "--import_mask" if args.import_mask else "--compose" if args.compose else ""
+    used = () if args.import_mask else HEALING if other else DEFAULTS | HEALING
+    for name in given:
+        if name not in used and not (args.compose and args.heal_steps and name in LEARNING):
+            raise UserError(f"--{name}: does not go with {other}")
+        if name in HEALING and not args.heal:
+            raise UserError(f"--{name}: needs --heal 1, which --preset {args.preset} has not")
+
+
 def parse_args(argv=None, text: str | None = None):
     """The flags of erase.py, with all defaults filled in. Exits with code 2 where one is wrong."""
     parser = Parser(text)
@@ -82,6 +93,8 @@ def parse_args(argv=None, text: str | None = None):
     artefacts.add_flags(parser)
     add("--dry_run", action="store_true", help="print the configuration and the plan, and stop")
     args = parser.parse_args(argv)
+    given = [name for name in DEFAULTS if getattr(args, name) is not None]
+    given += [name for name in HEALING if getattr(args, name)]
     if args.compose:
         compose.fill(args)
     elif args.restore:
@@ -111,6 +124,7 @@ def parse_args(argv=None, text: str | None = None):
     if not (is_ours or args.compose):
         args.num_prompts = args.num_prompts or 20  # as in the paper
     args.heal = int(args.heal and (args.heal_steps > 0 or args.refit > 0))
+    check_used(args, given)
     args.checkpoint = args.checkpoint or ("none" if is_tiny and not args.offload else "auto")
     args.out_dir = args.out_dir or artefacts.default_folder(args.concept)
     return args

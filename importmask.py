@@ -33,7 +33,7 @@ def fill(args) -> None:
     """What takes the place of training. Raises UserError for flags that do not go with it."""
     if args.compose:
         raise UserError("--import_mask: does not go with --compose")
-    for flag in ("steps", "modules", "heal"):
+    for flag in ("steps", "modules"):  # those of training are refused in flags.check_used()
         if getattr(args, flag):
             raise UserError(f"--{flag}: does not go with --import_mask")
     check_regular(args.import_mask, "--import_mask")

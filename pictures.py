@@ -100,7 +100,7 @@ def save_curves(path: Path, metrics: list[dict]) -> None:
     for key in ("erase_loss", "preserve_loss"):
         left.semilogy(steps, [row[key] for row in metrics], label=key, linewidth=1)
     left.legend()
-    left.set(xlabel="step", ylabel="mean squared error of final latents", ylim=(1e-4, None))
+    left.set(xlabel="step", ylabel="mean squared error of latents", ylim=(1e-4, None))
     closed = [row for row in metrics if "closed" in row]  # while gates were learnt
     right.plot([row["step"] for row in closed], [100 * row["closed"] for row in closed])
     right.set(xlabel="step", ylabel="gates closed, %", ylim=0)
@@ -116,11 +116,9 @@ tags: [concept-erasure, text-to-image]
 
 {summary}
 
-Made by Minimalist Concept Erasure (ICML 2025, arXiv 2507.13386): {steps} steps on {pairs} prompt
-pairs and {retain} retain prompts, gates `{gate}` on {modules}, beta {beta}, seed {seed}; then
-{healed}. The errors
-are mean squared errors of the final latents over {held_out} test prompts (of a file without any,
-training prompts) and noises that training never had. Whether the concept is still
+Made by Minimalist Concept Erasure (ICML 2025, arXiv 2507.13386): {masked}; then {healed}.
+The errors are mean squared errors of the final latents over {held_out} test prompts (of a file
+without any, training prompts) and noises that training never had. Whether the concept is still
 *seen* is for a judge to say, not for this loss.
 
 ```python
@@ -138,17 +136,17 @@ the whole folder by DiffusionPipeline.from_pretrained.
 
 
 def summary(mask: dict, errors: dict, held_out: dict, seconds: float, device) -> str:
-    """What a run did, in a line. errors: {base or erased: (N,)} of held_out, {kind: rows}."""
+    """What a run did, in a line. errors: {before or erased: (N,)} of held_out, {kind: rows}."""
     concepts = len(held_out["concept prompts"])  # which come first
     hardware = f"{torch.get_num_threads()} CPU threads"
     if torch.device(device).type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     closed = sum(int((gate == 0).sum()) for gate in mask.values())
     total = sum(gate.numel() for gate in mask.values())
-    before = errors["base"][:concepts].mean().item()
+    before = errors["before"][:concepts].mean().item()
     after = errors["erased"][:concepts].mean().item()
     others = errors["erased"][concepts:].mean().item()
-    left = errors["erased"][:concepts] / errors["base"][:concepts].clamp(min=1e-12)
+    left = errors["erased"][:concepts] / errors["before"][:concepts].clamp(min=1e-12)
     middle, high = left.quantile(torch.tensor([0.5, 0.95]).to(left)).tolist()
     return (
         f"{closed:,} of {total:,} gates closed ({closed / total:.2%}) in {seconds / 60:.1f} "
@@ -166,8 +164,33 @@ def not_erased(errors: dict, held_out: dict) -> list[str]:
     return [
         concept
         for concept, mine in rows.items()
-        if errors["erased"][mine].sum() > 0.5 * errors["base"][mine].sum()
+        if errors["erased"][mine].sum() > 0.5 * errors["before"][mine].sum()
     ]
+
+
+def masked_by(facts: dict) -> str:
+    """How a run came to its mask. facts: as save_card's."""
+    if facts.get("import_mask"):
+        return f"the mask of {facts['import_mask']}"
+    if facts.get("parts"):
+        return f"the masks of {', '.join(facts['parts'])}"
+    text = "{steps} steps on {pairs} prompt pairs and {retain} retain prompts, gates `{gate}` on "
+    text += "{modules}, beta {beta}, seed {seed}"
+    return text.format(**facts | dict(modules=" and ".join(facts["modules"])))
+
+
+def healed_by(facts: dict) -> str:
+    """What followed the mask. facts: as save_card's."""
+    if not facts["heal"]:
+        return "no LoRA (`--heal 0`)"
+    done = []
+    if facts["reopen"]:
+        done.append("{reopen:.0%} of the closed gates, the most harmful, opened again")
+    if facts["heal_steps"]:
+        done.append("{heal_steps} steps on a LoRA of rank {heal_rank}")
+    if facts["refit"]:
+        done.append("a LoRA of rank {refit_rank} fitted with strength {refit}")
+    return "; ".join(done).format(**facts)
 
 
 def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
@@ -176,13 +199,5 @@ def save_card(folder: Path, line: str, base: dict, facts: dict) -> None:
     call = ", ".join(f"{name}={value!r}" for name, value in facts["call"].items())
     words = dict(call=call, concepts=", ".join(facts["concept"]), out_dir=str(folder), summary=line)
     base = ", ".join(f"{part} `{fingerprint}`" for part, fingerprint in base.items())
-    words |= dict(modules=" and ".join(facts["modules"]), base=base)
-    words["healed"] = "no LoRA (`--heal 0`)"
-    if facts["heal"]:
-        learnt = "{heal_steps} steps on a LoRA of rank {heal_rank}"
-        learnt += ", refitted with strength {refit} and rank {refit_rank}" if facts["refit"] else ""
-        if facts["reopen"]:
-            learnt = f"{{reopen:.0%}} of the closed gates, the most harmful, opened again; {learnt}"
-        words["healed"] = learnt.format(**facts)
-    text = MODEL_CARD.format(**facts | words)
-    write_text(folder / "README.md", text)
+    words |= dict(masked=masked_by(facts), healed=healed_by(facts), base=base)
+    write_text(folder / "README.md", MODEL_CARD.format(**facts | words))

@@ -293,11 +293,13 @@ class Rows(NamedTuple):
 
 
 def retain_rows(spec: str) -> list[dict]:
-    """Of a CSV with splits; of a set as in load_prompts(), every fifth is for tests."""
+    """Of a CSV with splits; of a set as in load_prompts(), without splits every fifth is for
+    tests."""
     if "#" not in spec and not spec.startswith("hf:"):
         return read_rows(Path(spec), "--retain", ("prompt", "split"))
-    rows, _ = drop_minors(load_prompts(spec, "--retain"), "--retain")
-    return [row | dict(split="train" if i % 5 else "test") for i, row in enumerate(rows)]
+    rows = load_prompts(spec, "--retain", splits=("train", "test"))
+    rows, _ = drop_minors(rows, "--retain")
+    return [dict(split="train" if i % 5 else "test") | row for i, row in enumerate(rows)]
 
 
 def training_rows(
@@ -409,13 +411,13 @@ def read_table(source: str, has_header: bool, flag: str):
     return table
 
 
-def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
+def load_prompts(spec: str, flag: str, where: str | None = None, splits=("test",)) -> list[dict]:
     """[{prompt, evaluation_seed, ...}] from a CSV, a text or TSV file (first column, no header), or
     hf:owner/dataset[:config][:split] (one name between the colons is the split, which may be a
     slice such as train[:400]; without, "train").
 
     #column at the end names the prompts' column, of a header then. Without seeds of their own, rows
-    count from 1000. Rows of a split column keep "test" only; `where` is a condition on the columns,
+    count from 1000. Of a split column `splits` are kept; `where` is a condition on the columns,
     as pandas reads it. Raises UserError.
     """
     source, _, column = spec.partition("#")
@@ -447,10 +449,10 @@ def load_prompts(spec: str, flag: str, where: str | None = None) -> list[dict]:
     rows = []
     for row in table.dropna(subset="prompt").to_dict("records"):
         row["prompt"] = str(row["prompt"]).strip()
-        if row["prompt"] and row.get("split", "test") == "test":
+        if row["prompt"] and row.get("split", splits[0]) in splits:
             rows.append(row)
     if not rows:
-        raise UserError(f"{flag}: {spec} holds no (test) prompts")
+        raise UserError(f"{flag}: {spec} holds no ({' or '.join(splits)}) prompts")
     return rows
 
 

@@ -65,7 +65,7 @@ def stages(transformer, state) -> list:
         if is_block:
             done = [*done, *names]
         else:
-            found += [(done, list(layers)) for _, layers in itertools.groupby(names, owner)]
+            found += [(done, list(stage)) for _, stage in itertools.groupby(names, owner)]
     return found
 
 

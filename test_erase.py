@@ -653,6 +653,16 @@ def test_several_concepts_get_more():
     assert args.heal_steps == 9
 
 
+def test_flags_that_would_change_nothing_are_refused():
+    """Those of the LoRA where the preset has none, unless --heal 1 asks for it."""
+    line = ["--concept", "gun", "--model", "tiny/flux", "--preset", "paper", "--heal_steps", "9"]
+    with pytest.raises(UserError, match="^--heal_steps: needs --heal 1, which --preset paper has"):
+        erase.parse_args(line)
+    assert erase.parse_args([*line, "--heal", "1"]).heal_steps == 9
+    words = artefacts.last_words(models.HERE, 400, 0, ["gun"])
+    assert "NOT ERASED: gun; try --heal 1" in words and "heal_steps" not in words
+
+
 def test_erased_folder(erased, tmp_path, pipe):
     """The command line writes the documented files, a line of metrics a step, finite losses.
     The card's errors are the mask's on 32 test pairs and 8 test retain prompts, none of which was
@@ -713,7 +723,7 @@ def test_a_second_concept(erased, tmp_path, capsys, pipe):
     printed = capsys.readouterr().out
     assert f"model: {models.portable_name(str(erased))} (FluxPipeline)" in printed
     assert "after only 4 steps" in printed and "warning: NOT ERASED: knife; try" in printed
-    words = artefacts.last_words(out, 400, [])
+    words = artefacts.last_words(out, 400, 1, [])
     assert words.endswith(f"next: look at '{out}/preview.png', then python evaluate.py '{out}'")
     config = artefacts.read_config(out)
     assert config["concept"] == ["knife", "gun"] and config["model"] == "tiny/flux"

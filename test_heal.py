@@ -514,8 +514,15 @@ def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
         shutil.copytree(parts[1], tmp_path / name)
         config = json.loads((parts[1] / "config.json").read_text()) | about
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="gun is in it already; leave one of them out"):
+    with pytest.raises(UserError, match="have gun in common; leave one of them out"):
         artefacts.load_erased(both, parts[0])
+    for name, below in dict(on_gun=parts[0], higher=tmp_path / "on_gun").items():
+        config = json.loads((parts[1] / "config.json").read_text()) | dict(on=str(below))
+        shutil.copytree(parts[1], tmp_path / name, dirs_exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for pair in ((parts[0], tmp_path / "higher"), (both, tmp_path / "higher")):
+        with pytest.raises(UserError, match="have gun in common; leave one of them out"):
+            artefacts.check_apart(pair)
     with pytest.raises(UserError, match="one of the folders is named twice"):
         artefacts.load_erased(parts[0], parts[0])
     shutil.copytree(both, tmp_path / "killed")
@@ -536,6 +543,9 @@ def test_compose(pipe, request, tmp_path, capsys, monkeypatch):
         (["--compose", both, "--concept", "gun"], "--concept: does not go with"),
         (["--compose", both, "--model", "tiny/flux"], "--model: does not go with"),
         (["--compose", both, "--steps", "9"], "--steps: does not go with --compose"),
+        (["--compose", *parts, "--refit", "0"], "--refit: 0 leaves no LoRA; add --heal_steps, or"),
+        (["--compose", *parts, "--gate", "sigmoid"], "--gate: does not go with --compose"),
+        (["--compose", *parts, "--beta", "1"], "--beta: does not go with --compose"),
         (["--compose", alone, "--restore", "knife"], "--restore: nothing is left to erase"),
         (["--compose", tmp_path], "no finished erased model"),
         (["--compose", parts[0], tmp_path / "to_guns"], "every neutral prompt of 'knife' names"),
@@ -599,3 +609,5 @@ def test_import_mask(pipe, tmp_path, capsys):
     assert "is never unpickled; convert it" in refused(capsys, *line)
     line[1] = str(file)
     assert "--steps: does not go with --import_mask" in refused(capsys, *line, "--steps", "9")
+    for flag in ("--beta", "--heal_steps"):
+        assert f"{flag}: does not go with --import_mask" in refused(capsys, *line, flag, "2")

@@ -255,7 +255,8 @@ def test_public_sets(spec, text, tmp_path, monkeypatch):
 
 
 def test_retain_prompts_of_a_set(tmp_path, monkeypatch):
-    """--retain takes such a set: without what names the concept or a minor, a fifth for tests."""
+    """--retain takes such a set: without what names the concept or a minor; a fifth is
+    for tests, unless it has splits of its own."""
     monkeypatch.chdir(tmp_path)
     captions = [f"{i} trees" for i in range(20)] + ["a gun", "a girl"]
     Path("captions.csv").write_text("\n".join(["caption", *captions]))
@@ -263,3 +264,8 @@ def test_retain_prompts_of_a_set(tmp_path, monkeypatch):
     rows = promptfiles.training_rows(HERE / "prompts/tiny", **how)
     assert [row["prompt"] for row in rows.retain_tests] == captions[:20:5]
     assert len(rows.retain) == 16 and len({row["evaluation_seed"] for row in rows.retain}) == 16
+    of_split = ["caption,split", *(f"{i} trees,{'train' if i % 2 else 'test'}" for i in range(4))]
+    Path("captions.csv").write_text("\n".join(of_split))
+    rows = promptfiles.training_rows(HERE / "prompts/tiny", **how)
+    for found, numbers in ((rows.retain, (1, 3)), (rows.retain_tests, (0, 2))):
+        assert [row["prompt"] for row in found] == [f"{i} trees" for i in numbers]
