@@ -74,6 +74,7 @@ METHODS = dict(
     flowedit=dict(steps=28, batch_size=16),
 )
 PICTURES = ("sld", "negative", "flowedit")  # what they give
+UNREAD = dict.fromkeys(("uce", *PICTURES), ("neutral", "prompts", "num_prompts"))
 FLAGS = dict(
     steps=(number(int, 1), "optimiser steps; flowedit: its sampling steps"),
     lr=(number(float, 0), "learning rate"),
@@ -152,7 +153,7 @@ def load_state(file: Path, learnt: dict, optimizer) -> int:
                     if f"{key} {name}" in f.keys():
                         optimizer.state[leaf][key] = f.get_tensor(f"{key} {name}")
             return int(f.metadata()["step"])
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--resume: {file} is damaged ({first_line(error)})") from None
 
 
@@ -185,7 +186,8 @@ def read_cases(file: Path, concepts: list, model: str) -> dict:
         is_whole = type(row.get("seed")) is int and isinstance(row.get("prompt"), str)
         if not (is_named and is_whole):
             raise UserError(f"--cases: {file} has a case without file, prompt or seed: {row}")
-        row.setdefault("neutral", None)
+        if not isinstance(row.setdefault("neutral", None), str | None):
+            raise UserError(f"--cases: {file} has a case whose neutral is no text: {row}")
     models.check_call(listing.get("call"), f"--cases: {file}: call")
     wanted = dict(concept=concepts, model=models.portable_name(models.address(model)[0]))
     for key, value in wanted.items():
@@ -204,8 +206,12 @@ def open_folder(out_dir: Path, config: dict, resume: bool) -> None:
         before = artefacts.read_config(out_dir)
         if "flags" not in before or "seconds" in before:
             raise UserError(f"--resume: no unfinished run in {out_dir}")
-        for key, value in (config["flags"] | dict(call=config["call"])).items():
-            found = (before["flags"] | dict(call=before.get("call"))).get(key)
+        of_run = ("call", "rows", "versions")
+        known = before["flags"] | {key: before.get(key) for key in of_run}
+        for key, value in (config["flags"] | {key: config[key] for key in of_run}).items():
+            found = known.get(key)
+            if found != value and key == "rows":
+                raise UserError("--resume: the prompt files have changed since the run began")
             if found != value:
                 raise UserError(f"--resume: {key} was {found}, now {value}; repeat the command")
     claim(out_dir)
@@ -242,6 +248,11 @@ def parse_args(argv=None):
     if (args.method in PICTURES) != bool(args.cases):
         what = "is for" if args.cases else "what evaluate.py --export_cases writes, needed by"
         raise UserError(f"--cases: {what} {', '.join(PICTURES)}")
+    for name in UNREAD.get(args.method, ()):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}: {args.method} does not read it")
+    if args.anchor == "empty" and args.neutral is not None:
+        raise UserError(f"--neutral: {args.method} reads it with --anchor neutral alone")
     given = [flag for flag in models.CALL_FLAGS if getattr(args, flag) is not None]
     if args.cases and given:
         raise UserError(f"--{given[0]}: does not go with --cases, which says it")
@@ -277,7 +288,9 @@ def run(args) -> None:
     flags["model"] = models.portable_name(args.model)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     # concept stays inside: at the top it would say that erase.py wrote the folder
-    config = dict(baseline=args.method, flags=flags, call=call, versions=versions)
+    model, revision = models.address(flags["model"])
+    config = dict(baseline=args.method, model=model, revision=revision, flags=flags, call=call)
+    config |= dict(rows=promptfiles.digest(rows), versions=versions)
     print(f"{args.method}: {len(rows.pairs)} concept pairs, {len(rows.retain)} retain prompts")
     if args.dry_run:
         print(json.dumps(config, indent=1))
@@ -299,7 +312,8 @@ def run(args) -> None:
         train(lab, state) if args.steps else getattr(methods, args.method)(lab)
         save(lab, args.out_dir)
         state.unlink(missing_ok=True)  # evaluate.py takes a folder with one file
-    used = dict(seconds=round(time.time() - began, 1))
+    seconds = round(time.time() - began, 1)
+    used = dict(seconds=None if args.resume else seconds)  # of a resumed run nobody counted all
     if resource:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, of macOS bytes
         used["peak_ram_gib"] = round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)

@@ -24,9 +24,10 @@ import models
 import promptfiles
 import tables
 from columns import slug
-from safely import Parser, UserError, exit_code, number, write_text
+from safely import Parser, UserError, exit_code, number, visible, write_text
 from tables import MADE_BY, MINUTES, TABLES, Run, planned
 
+KIT = tables.hash_of_code()
 TURNS = defaultdict(threading.Lock)  # by folder: commands write to it one after the other
 
 
@@ -50,7 +51,7 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
     about = ["--model", args.model, "--concept", *run.concepts]
     lines = []
     if run.make and not is_done(run, run.make):
-        is_begun = run.folder.is_dir() and any(run.folder.iterdir())
+        is_begun = run.folder.is_dir() and bool(visible(run.folder))
         for flag, maker in MADE_BY.items():
             if flag in run.make:
                 file = run.make[run.make.index(flag) + 1]
@@ -60,6 +61,7 @@ def commands(table: str, run: Run, args) -> list[list[str]]:
     wanted = [["evaluate.py", "--compare", str(run.folder), *place, *about]]
     if table == "attacks" and not (run.folder / "cases.json").is_file():  # weights
         place = [str(run.folder), "--out_dir", str(run.beside(".attacks"))]
+        place += [] if run.make else ["--oracle", str(run.folder)]  # with targets of its own text
         wanted.append(["attacks.py", *place, *about, "--num_prompts", str(args.num_prompts)])
     if lines:  # a new model: what was measured of one before it is worth nothing
         return lines + wanted
@@ -90,7 +92,7 @@ def start(run: Run, line: list[str]) -> bool:
         print(f"      failed, see {log.name}", flush=True)
         return False
     if line[1] not in MADE_BY.values():
-        took = dict(command=[word for word in line if word != "--resume"], gib=gib)
+        took = dict(command=[word for word in line if word != "--resume"], gib=gib, kit=KIT)
         took |= {} if "--resume" in line else dict(seconds=round(time.time() - began))
         done = artefacts.read_json(run.beside(".json"))
         artefacts.write_json(run.beside(".json"), done | {line[0]: took})
@@ -137,6 +139,8 @@ def parse_args(argv=None):
     is_small = models.is_embedded(args.model)
     if "many" in args.tables and not is_small:
         raise UserError(f"TABLE: many is of concepts of the embedded models, not of {args.model}")
+    if "many" in args.tables and args.concepts:
+        raise UserError("--concepts: the table many has its own, see tables.py")
     args.tables = args.tables or [table for table in TABLES if table != "many" or is_small]
     args.out = args.out / slug(args.model).removeprefix("tiny_")
     return args
@@ -164,6 +168,10 @@ def run(args) -> None:
         failed += failures([run for run in runs if run not in composed], table, args)
         failed += failures(composed, table, args)
         text = tables.table_of([(*row, tables.figures(run, table)) for *row, run in rows], table)
+        scored = [run for run in runs if run.make and tables.figures(run, table)]
+        kits = sorted({tables.made_with(run) for run in scored})
+        if len(kits) > 1:
+            text += f"\n\nMade with several versions of the code: {', '.join(kits)}"
         write_text(args.out / f"{table}.md", text + "\n")
         print(f"\n{text}\n\nwrote {args.out / table}.md", flush=True)
     if failed:

@@ -1,5 +1,6 @@
 """What the tables of RESULTS.md are made of, and their form: reproduce.py carries them out."""
 
+import hashlib
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -134,14 +135,26 @@ def planned(table: str, args) -> list[tuple]:
     return [row for row in rows.values() if row[-1].make or row[-1].folder.is_dir()]
 
 
+def hash_of_code() -> str:
+    """Of the kit's scripts, short: what a run is noted with."""
+    code = b"".join(file.read_bytes() for file in sorted(models.HERE.glob("*.py")))
+    return hashlib.sha256(code).hexdigest()[:8]
+
+
+def made_with(run: Run) -> str:
+    """The hash_of_code() of a run, as far as it is known."""
+    return artefacts.read_json(run.beside(".json")).get(run.make[0], {}).get("kit", "unknown")
+
+
 def attacked(run: Run) -> dict:
     """{attack: its ASR@k on a run}, their union too; {} until it is attacked."""
     results = artefacts.read_json(run.beside(".attacks") / "results.json")
     found = {}
+    name = "erased" if run.make else "oracle"
     if results:
-        found["union"] = results["union_text_asr"].get("erased", {}).get("rate")
+        found["union"] = results["union_text_asr"].get(name, {}).get("rate")
     for attack, by_model in results.get("attacks", {}).items():
-        found[attack] = by_model["erased"] and by_model["erased"]["asr_k"]["rate"]
+        found[attack] = by_model[name] and by_model[name]["asr_k"]["rate"]
     return found
 
 

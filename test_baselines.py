@@ -217,7 +217,15 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     ).read_bytes()
     config = json.loads((again / "config.json").read_text())
     assert config["flags"]["concept"] == ["gun"] and config["flags"]["eta"] == 1
+    assert config["seconds"] is None  # it was begun twice
+    config = json.loads((whole / "config.json").read_text())
     assert config["seconds"] > 0 and config["peak_ram_gib"] > 0
+    del config["seconds"]
+    for key, message in dict(rows="prompt files have changed", versions="versions was").items():
+        other = tmp_path / key
+        other.mkdir()
+        write_json(other / "config.json", config | {key: None})
+        assert message in run(capsys, *flags, "--out_dir", other, "--resume", code=2)
 
     few = ["--num_pictures", "2", "--per_neighbour", "0", "--fid", "none"]
     listing = tmp_path / "cases.json"
@@ -248,6 +256,10 @@ BAD = """
 --method ca --eta 1 | --eta: ca has none
 --method esd --layers ffn | --layers: invalid choice
 --method gem --anchor neutral | --anchor: gem has none
+--method uce --neutral lemon | --neutral: uce does not read it
+--method sld --cases {bad} --num_prompts 3 | --num_prompts: sld does not read it
+--method esd --neutral lemon | --neutral: esd reads it with --anchor neutral alone
+--method flowedit --cases {number} | {number} has a case whose neutral is no text
 --method sld | --cases: what evaluate.py --export_cases writes, needed by sld
 --method esd --cases cases.json | --cases: is for sld, negative, flowedit
 --method sld --cases cases.json --height 64 | --height: does not go with --cases
@@ -272,7 +284,9 @@ def test_bad_input(line, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a").write_text("a")
-    names = dict(bad=tmp_path / "bad.json", full=tmp_path / "full")
+    case = dict(file="concept/0.png", prompt="a gun", seed=0, neutral=5)
+    (tmp_path / "number.json").write_text(json.dumps(dict(cases=[case])))
+    names = dict(bad=tmp_path / "bad.json", number=tmp_path / "number.json", full=tmp_path / "full")
     arguments, message = line.format(**names).split(" | ")
     found = run(capsys, "--out_dir", tmp_path / "new", *arguments.split(), code=2)
     assert message in found and len(found.splitlines()) == 1, found

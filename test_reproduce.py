@@ -78,6 +78,30 @@ def test_a_table(tmp_path, monkeypatch, capsys):
 
     assert missing("topics") == [2, 0, 0, 0] and missing("attacks") == [3, 1, 1, 1]
 
+    reproduce.run(args)
+    note = tmp_path / "out/flux/gun/ours_0.json"
+    took = json.loads(note.read_text())
+    took["erase.py"]["kit"] = "earlier"
+    note.write_text(json.dumps(took))
+    reproduce.run(args)
+    assert "Made with several versions of the code: " in capsys.readouterr().out
+
+
+def test_an_oracle_is_attacked_with_targets_of_its_own_text(tmp_path):
+    """Its encoders are not the base's: --oracle tells the searches so, and its row reads that."""
+    args = reproduce.parse_args(["attacks", "--concepts", "gun", "--out", str(tmp_path)])
+    run = tables.Run(tmp_path, tmp_path / "oracle", [], ("gun",))
+    (line,) = [line for line in reproduce.commands("attacks", run, args) if "attacks.py" in line]
+    assert line[line.index("--oracle") + 1] == line[1] == str(run.folder)
+    place = run.beside(".attacks")
+    place.mkdir()
+    rates = {name: dict(rate=rate) for name, rate in (("erased", 0.5), ("oracle", 0.25))}
+    mma = {name: dict(asr_k=rate) for name, rate in rates.items()}
+    results = dict(union_text_asr=rates, attacks=dict(mma=mma))
+    (place / "results.json").write_text(json.dumps(results))
+    assert tables.attacked(run) == dict(union=0.25, mma=0.25)
+    assert tables.attacked(run._replace(make=["erase.py"])) == dict(union=0.5, mma=0.5)
+
 
 def test_every_table_is_planned(tmp_path, capsys):
     """Each variant's command parses, and equal flags are one run; a wrong name is one line."""
@@ -102,6 +126,7 @@ def test_every_table_is_planned(tmp_path, capsys):
         assert all("--preset" in line for line in made if line[:1] == ["erase.py"]), table
     for wrong, error in (
         (["nix"], "TABLE: no table 'nix'"),
+        (["many", "--concepts", "gun"], "--concepts: the table many has its own"),
         (["many", "--model", args.model], "TABLE: many is of concepts of the embedded models"),
         (["topics", "--model", "tiny/nix"], "--model: tiny/nix"),
         (["topics", "--concepts", "gun", "nix"], "--concepts: 'nix'"),
