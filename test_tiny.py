@@ -88,3 +88,24 @@ def test_muon_steps_along_orthogonal_matrices():
     for ours, theirs in zip(found, wanted, strict=True):
         assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.98
         assert 0.7 < (ours.norm() / theirs.norm()).item() < 1.4
+
+
+def test_training_goes_on_with_its_own_settings_alone(tmp_path):
+    """A checkpoint of other settings, and a stage that would be left out, are refused; the models
+    that come with the kit are not what is written to."""
+    assert train.parse_args([]).out == train.HERE / "work/model"
+    with pytest.raises(train.UserError, match="^--stages: judge stays with --without"):
+        train.parse_args(["--without", "gun", "--stages", "judge"])
+    layer = torch.nn.Linear(4, 4)
+
+    def optimizers():
+        named = layer.named_parameters()
+        return train.Optimizers(named, lambda _, p: p.ndim == 2, (1e-3, 1e-3), 0.95, (0.9, 0.98))
+
+    settings = dict(flow_steps=9, init=None)
+    file = tmp_path / "flow.pt"
+    train.save_progress(file, 3, optimizers(), settings, layer=layer.state_dict())
+    how = (file, "cpu", optimizers(), lambda state: layer.load_state_dict(state["layer"]))
+    assert train.load_progress(*how, settings) == 3
+    with pytest.raises(train.UserError, match="flow.pt: made with init None, now tiny; delete it"):
+        train.load_progress(*how, settings | dict(init="tiny"))

@@ -66,6 +66,7 @@ from transformers import (
     SiglipProcessor,
 )
 
+from artefacts import fingerprint
 from models import check_device
 
 
@@ -172,17 +173,27 @@ def at_rest(tokenizer):
     return tokenizer
 
 
-def save_progress(path: Path, step: int, optimizers: Optimizers, **weights) -> None:
+def save_progress(path: Path, step: int, optimizers: Optimizers, settings: dict, **weights) -> None:
     moments = dict(muon=optimizers.muon.state_dict(), adam=optimizers.adam.state_dict())
-    save_state(path, **weights, **moments, step=step)
+    save_state(path, **weights, **moments, step=step, settings=settings)
 
 
-def load_progress(path: Path, device, optimizers: Optimizers, load_weights) -> int:
+def check_settings(path: Path, state: dict, settings: dict) -> None:
+    """Raises UserError unless what `state`, of this file, was made with is what is asked for."""
+    for name, wanted in settings.items():
+        found = state.get("settings", {}).get(name)
+        if found != wanted:
+            advice = "delete it to begin anew, or choose another --work"
+            raise UserError(f"{path}: made with {name} {found}, now {wanted}; {advice}")
+
+
+def load_progress(path: Path, device, optimizers: Optimizers, load_weights, settings: dict) -> int:
     """The step to go on from, 0 where there is no checkpoint; load_weights(state) loads the
-    network's part of it."""
+    network's part of it. Raises UserError for one that was made with other settings."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True, map_location=device)
+    check_settings(path, state, settings)
     load_weights(state)
     optimizers.muon.load_state_dict(state["muon"])
     optimizers.adam.load_state_dict(state["adam"])
@@ -247,9 +258,10 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
     vae = make_vae().to(device, memory_format=torch.channels_last)
     optimizers = conv_optimizers(vae, 3e-3, 2e-3)
     file = work / "vae.pt"
-    start = load_progress(file, device, optimizers, lambda state: vae.load_state_dict(state["vae"]))
-    if start < steps:  # whatever was encoded, another autoencoder did it
-        (work / "latents.pt").unlink(missing_ok=True)
+    settings = dict(vae_steps=steps)
+    start = load_progress(
+        file, device, optimizers, lambda state: vae.load_state_dict(state["vae"]), settings
+    )
     bar = progress("vae", start, steps)
     for step in bar:
         rng = random.Random(f"vae {step}")
@@ -264,7 +276,7 @@ def train_vae(out: Path, work: Path, device, steps: int) -> None:
         deviation = posterior.mean.std().item()
         bar.set_postfix(l1=f"{loss_pixels.item():.4f}", std=f"{deviation:.2f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_progress(file, step + 1, optimizers, vae=vae.state_dict())
+            save_progress(file, step + 1, optimizers, settings, vae=vae.state_dict())
 
     # latents are shifted and scaled to mean 0, variance 1, as FLUX's are
     rng = random.Random("vae statistics")
@@ -292,8 +304,9 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
     decoder = vae.decoder
     optimizers = conv_optimizers(decoder, 1.5e-3, 1.5e-3)
     file = work / "decoder.pt"
+    settings = dict(decoder_steps=steps, autoencoder=fingerprint(vae.encoder))
     start = load_progress(
-        file, device, optimizers, lambda state: decoder.load_state_dict(state["decoder"])
+        file, device, optimizers, lambda state: decoder.load_state_dict(state["decoder"]), settings
     )
     bar = progress("decoder", start, steps)
     average = 0.0
@@ -312,7 +325,7 @@ def train_decoder(out: Path, work: Path, device, steps: int) -> None:
         average += (loss.item() - average) / min(step - start + 1, 50)
         bar.set_postfix(l1=f"{average:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_progress(file, step + 1, optimizers, decoder=decoder.state_dict())
+            save_progress(file, step + 1, optimizers, settings, decoder=decoder.state_dict())
     save_whole(vae.to(memory_format=torch.contiguous_format), out / "flux/vae")
 
 
@@ -453,8 +466,9 @@ def train_judge(out: Path, work: Path, device, steps: int, *, init, tokenizer) -
     if init:
         earlier = SiglipModel.from_pretrained(init / "judge", use_safetensors=True)
         judge.load_state_dict(earlier.state_dict())
+    settings = dict(judge_steps=steps, init=init and str(init))
     start = load_progress(
-        file, device, optimizers, lambda state: judge.load_state_dict(state["judge"])
+        file, device, optimizers, lambda state: judge.load_state_dict(state["judge"]), settings
     )
     bar = progress("judge", start, steps)
     for step in bar:
@@ -554,12 +568,11 @@ def encode_world(
     rng = random.Random("flow pictures")
     scenes = [world.sample_scene(rng, without) for _ in range(count)]
     file = work / "latents.pt"
+    settings = dict(pictures=count, without=list(without), autoencoder=fingerprint(vae.encoder))
     if file.exists():
-        packed = torch.load(file, weights_only=True)["latents"]
-        if len(packed) != len(scenes):
-            found = f"{file} holds {len(packed)} pictures, --pictures asks for {len(scenes)}"
-            raise UserError(f"{found}: delete it to encode anew")
-        return scenes, packed
+        state = torch.load(file, weights_only=True)
+        check_settings(file, state, settings)
+        return scenes, state["latents"]
     latents = []
     ready = DataLoader(Drawn(scenes), batch_size=None, num_workers=workers)
     for pictures in tqdm(ready, desc="encode pictures"):
@@ -567,7 +580,7 @@ def encode_world(
         z = (z - vae.config.shift_factor) * vae.config.scaling_factor
         latents.append(FluxPipeline._pack_latents(z, len(z), 16, 8, 8).cpu())
     packed = torch.cat(latents)
-    save_state(file, latents=packed)
+    save_state(file, latents=packed, settings=settings)
     return scenes, packed
 
 
@@ -645,7 +658,10 @@ def train_flow(
     file = work / f"{'flow' if name == 'flux' else name}.pt"
     if init:
         load_flow(init / name, pipe, family.parts)
-    start = load_progress(file, device, optimizers, load_weights)
+    settings = dict(flow_steps=steps, init=init and str(init), without=list(without), batch=batch)
+    settings |= dict(dtype=str(dtype), rates=list(peaks), pictures=pictures)
+    settings |= dict(autoencoder=fingerprint(vae.encoder))
+    start = load_progress(file, device, optimizers, load_weights, settings)
     copies = {part: copy.deepcopy(module).to(dtype) for part, module in modules.items()}
     twins = [p for module in copies.values() for p in module.parameters()]
     fast = type(pipe)(**(pipe.components | copies))
@@ -687,7 +703,7 @@ def train_flow(
             bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             weights = [module.state_dict() for module in modules.values()]
-            save_progress(file, step + 1, optimizers, modules=weights)
+            save_progress(file, step + 1, optimizers, settings, modules=weights)
     for tokenizer in [part for key, part in pipe.components.items() if "tokenizer" in key]:
         at_rest(tokenizer)
     if name != "flux":
@@ -705,8 +721,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     count, rate = number(int, 1), number(float, 0, 1)
     add = parser.add_argument
-    add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    help = "flux/ and judge/ go here  (default: tiny/, with --without its work folder)"
+    add("--stages", nargs="+", choices=STAGES, help="(default: all that the other flags leave)")
+    help = "flux/ and judge/ go here; tiny replaces what is there  (default: model/ in --work)"
     add("--out", type=Path, help=help)
     help = "checkpoints; delete to start anew  (default: tiny/work, or tiny/work_without_...)"
     add("--work", type=Path, help=help)
@@ -749,13 +765,16 @@ def parse_args(argv=None):
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if bf16 else "float32"))
     tag = "".join(f"_without_{concept.replace(' ', '_')}" for concept in args.without)
     args.work = args.work or HERE / f"work{tag}"
-    args.out = args.out or (args.work / "model" if tag else HERE)
+    args.out = args.out or args.work / "model"
     args.workers = (0 if is_cpu else 4) if args.workers is None else args.workers
     # the autoencoder stays, and without a concept the judge, which knows the whole world
-    is_other = args.family != "flux"
-    if tag or args.init or is_other:
-        kept = ("flow",) if tag or is_other else ("judge", "flow")
-        args.stages = [stage for stage in args.stages if stage in kept]
+    left = STAGES
+    if tag or args.init or args.family != "flux":
+        left = ("judge", "flow") if args.init and not tag and args.family == "flux" else ("flow",)
+    for stage in args.stages or ():
+        if stage not in left:
+            raise UserError(f"--stages: {stage} stays with --without, --init or another --family")
+    args.stages = args.stages or left
     return args
 
 
@@ -767,7 +786,9 @@ def run(args) -> None:
     source = (args.init if args.init and args.family == "flux" else HERE) / "flux"
     # with the autoencoder and the tokens of source
     goes_on = args.init or args.without or args.family != "flux"
-    if goes_on and (source / "vae").resolve() != (args.out / "flux/vae").resolve():
+    is_first = "vae" not in args.stages and not (args.out / "flux/vae").is_dir()
+    is_there = (source / "vae").resolve() == (args.out / "flux/vae").resolve()
+    if is_first or (goes_on and not is_there):
         shutil.copytree(source / "vae", args.out / "flux/vae", dirs_exist_ok=True)
     where = dict(out=args.out, work=args.work, device=args.device)
     for stage in args.stages:
