@@ -213,6 +213,10 @@ def run(args) -> None:
         print("\n".join(table(file) for file in args.table))
         return
     before = read_results(args.out, "--out") if args.out and args.out.exists() else {}
+    asked = [part for part in ("full", "fold", "quantized", "plans") if vars(args)[part]]
+    part = asked[0] if asked else "forms"
+    if before and part not in before:
+        raise UserError(f"--out: {args.out} holds other results, not {part}; choose another file")
     results = where_it_ran(args.full)
     if args.full:
         if args.cap_gib:

@@ -78,6 +78,10 @@ def test_command_line(capsys):
         ("--table /dev/zero", "--table: /dev/zero is no regular file"),
         ("--out bench", "--out: bench is no regular file"),
         ("--out LICENSE/x.json", "LICENSE is a file"),
+        (
+            "--plans --out bench/fold_cpu.json",
+            "--out: bench/fold_cpu.json holds other results, not plans",
+        ),
         ("--limit inf", "--limit: must be between 0 and 1,000,000, not inf"),
     ):
         assert bench.main(line.split()) == 2, line
