@@ -65,7 +65,7 @@ def check_used(args, given: list[str]) -> None:
         if name not in used and not (args.compose and args.heal_steps and name in LEARNING):
             raise UserError(f"--{name}: does not go with {other}")
         if name in HEALING and not args.heal:
-            raise UserError(f"--{name}: needs --heal 1, which --preset {args.preset} has not")
+            raise UserError(f"--{name}: changes nothing without --heal 1")
 
 
 def parse_args(argv=None, text: str | None = None):
