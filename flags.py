@@ -59,10 +59,13 @@ def shown(value) -> str:
 
 def check_used(args, given: list[str]) -> None:
     """Raises UserError for a flag of DEFAULTS or HEALING that would change nothing."""
-    other = "--import_mask" if args.import_mask else "--compose" if args.compose else ""
-    used = () if args.import_mask else HEALING if other else DEFAULTS | HEALING
+    other, used = "", (*DEFAULTS, *HEALING)
+    if args.import_mask:
+        other, used = "--import_mask", ()
+    elif args.compose:
+        other, used = "--compose", (*HEALING, *(LEARNING if args.heal_steps else ()))
     for name in given:
-        if name not in used and not (args.compose and args.heal_steps and name in LEARNING):
+        if name not in used:
             raise UserError(f"--{name}: does not go with {other}")
         if name in HEALING and not args.heal:
             raise UserError(f"--{name}: changes nothing without --heal 1")
