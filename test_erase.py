@@ -685,7 +685,7 @@ def test_erased_folder(erased, tmp_path, pipe):
     some = rows.held_out()["concept prompts"]
     assert [row["concept"] for row in some[:4]] == ["gun", "nudity", "sketch", "gun"]
     assert Counter(row["concept"] for row in some) == dict(gun=10, nudity=10, sketch=10)
-    errors = dict(base=torch.ones(len(some)), erased=torch.zeros(len(some)))
+    errors = dict(before=torch.ones(len(some)), erased=torch.zeros(len(some)))
     errors["erased"][1::3] = 1  # of nudity, which no prompt names
     assert pictures.not_erased(errors, dict(zip(["concept prompts"], [some]))) == ["nudity"]
     assert erase.HELD_OUT_NOISE >= erase.TRAIN_NOISE + 2**20
